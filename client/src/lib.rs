@@ -1,0 +1,3 @@
+//! The client side of Lamina: the driver's runtime (connections, timers, kept writes) and the NBD export.
+//! Nothing here is Linux-only.
+pub mod block;

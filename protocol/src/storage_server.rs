@@ -1,0 +1,2 @@
+//! The storage server's state machine.
+pub mod medium;
