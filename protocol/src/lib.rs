@@ -6,9 +6,12 @@
 
 pub mod codec;
 pub mod control;
+pub mod driver;
 pub mod geometry;
 pub mod ids;
 pub mod layer;
 pub mod limits;
 pub mod map;
 pub mod storage_server;
+pub mod time;
+pub mod wire;
