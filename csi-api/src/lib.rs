@@ -9,7 +9,16 @@
 //! Design: architecture ("CSI, CRD and wire types are translated at the edge, one domain type per noun"). What is absent: any
 //! knowledge of maps, servers or Kubernetes objects.
 
+pub mod capability;
+pub mod capacity;
+pub mod context;
+pub mod fields;
+pub mod identity;
+pub mod in_flight;
+pub mod name;
 mod redacted;
+pub mod registration;
+pub mod topology;
 
 /// CSI 1.12 as generated from `proto/csi/v1`.
 pub mod v1 {
