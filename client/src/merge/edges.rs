@@ -55,7 +55,7 @@ where
         other => unreachable!("only writes have edges to merge, not {other:?}"),
     };
     let head = !is_whole(first) || end < first + BLOCK_BYTES;
-    let tail = !is_whole(end) && !(head && round_down(end) == round_down(first));
+    let tail = !is_whole(end) && (!head || round_down(end) != round_down(first));
     let body = (if head { round_down(first) + BLOCK_BYTES } else { first }, round_down(end));
     let has_body = body.0 < body.1;
     let parts_left = u8::from(head) + u8::from(tail) + u8::from(has_body);
