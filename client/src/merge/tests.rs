@@ -261,3 +261,49 @@ fn concurrent_unaligned_writers_of_one_block_lose_nothing() {
     });
     assert_eq!(ram.bytes_at(0, 4096), [(1999 % 256) as u8; 4096]);
 }
+
+/// Holds up the first request on its way in until told to let it go on.
+struct Doorway {
+    ram: RamVolume,
+    came: std::sync::mpsc::SyncSender<()>,
+    go_on: Mutex<Option<std::sync::mpsc::Receiver<()>>>,
+}
+
+impl BlockTarget for Doorway {
+    fn size(&self) -> u64 {
+        self.ram.size()
+    }
+
+    fn read_only(&self) -> bool {
+        false
+    }
+
+    fn submit(&self, request: BlockRequest) {
+        self.came.send(()).unwrap();
+        let go_on = self.go_on.lock().unwrap().take();
+        if let Some(go_on) = go_on {
+            go_on.recv().unwrap();
+        }
+        self.ram.submit(request);
+    }
+}
+
+#[test]
+fn a_merge_does_not_overtake_a_whole_write_that_is_just_being_handed_in() {
+    let (came, arrivals) = std::sync::mpsc::sync_channel(8);
+    let (go, go_on) = std::sync::mpsc::channel();
+    let doorway = Arc::new(Doorway { ram: RamVolume::new(SIZE), came, go_on: Mutex::new(Some(go_on)) });
+    let aligned = Arc::new(Aligned::new(doorway.clone()));
+    let sink = Arc::new(Collected::default());
+    let whole = std::thread::spawn({
+        let (aligned, sink) = (aligned.clone(), sink.clone());
+        move || ask(&aligned, &sink, 1, write(0, 2, 4096))
+    });
+    arrivals.recv().unwrap();
+    ask(&aligned, &sink, 2, write(10, 1, 10));
+    assert!(arrivals.try_recv().is_err(), "the merge must not read before the whole write has arrived");
+    go.send(()).unwrap();
+    whole.join().unwrap();
+    assert_eq!(sink.take().len(), 2);
+    assert_eq!(doorway.ram.bytes_at(9, 12), [2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2]);
+}
