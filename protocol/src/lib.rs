@@ -11,6 +11,7 @@ pub mod geometry;
 pub mod ids;
 pub mod layer;
 pub mod limits;
+pub mod management;
 pub mod map;
 pub mod storage_server;
 pub mod time;
