@@ -18,6 +18,7 @@ pub mod in_flight;
 pub mod name;
 mod redacted;
 pub mod registration;
+pub mod socket;
 pub mod topology;
 
 /// CSI 1.12 as generated from `proto/csi/v1`.
