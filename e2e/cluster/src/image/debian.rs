@@ -1,0 +1,152 @@
+//! Debian packages: what a list of names needs, fetched once with apt, files read with dpkg-deb.
+//!
+//! apt resolves against an empty list of installed packages, so the answer does not depend on this machine.
+//!
+//! Invariant: nothing is installed and no state of the machine's own apt or dpkg changes.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use crate::host::{HostError, at, run, write};
+
+use super::ImageError;
+
+/// The package of the static busybox.
+pub(super) const BUSYBOX: &str = "busybox-static";
+
+/// Fetched packages, in the order of their names.
+#[derive(Debug)]
+pub(super) struct Packages {
+    files: Vec<PathBuf>,
+}
+
+impl Packages {
+    /// Resolves names with their dependencies, leaves out what `without` says and fetches the rest into `cache`.
+    pub(super) fn resolve(cache: &Path, names: &[String], without: &[String]) -> Result<Self, ImageError> {
+        if names.is_empty() {
+            return Ok(Self { files: Vec::new() });
+        }
+        let archives = cache.join("archives");
+        at(&archives, std::fs::create_dir_all(archives.join("partial")))?;
+        write(&cache.join("none-installed"), "")?;
+        let plan = plan(cache, names)?;
+        let wanted: Vec<&Planned> =
+            plan.iter().filter(|item| !without.iter().any(|pattern| matches(pattern, &item.name))).collect();
+        let missing: Vec<&Planned> =
+            wanted.iter().copied().filter(|item| !archives.join(&item.file).exists()).collect();
+        fetch(&archives, &missing)?;
+        let mut files: Vec<PathBuf> = wanted.iter().map(|item| archives.join(&item.file)).collect();
+        files.sort();
+        Ok(Self { files })
+    }
+
+    /// The package files.
+    pub(super) fn files(&self) -> &[PathBuf] {
+        &self.files
+    }
+
+    /// Unpacks all into one folder that has Debian's merged `/usr`.
+    pub(super) fn unpack(&self, root: &Path) -> Result<(), HostError> {
+        for (link, target) in [("bin", "usr/bin"), ("sbin", "usr/sbin"), ("lib", "usr/lib"), ("lib64", "usr/lib64")] {
+            at(root, std::fs::create_dir_all(root.join(target)))?;
+            at(root, std::os::unix::fs::symlink(target, root.join(link)))?;
+        }
+        for file in &self.files {
+            // Packages still name /bin and /lib; tar must go through the links instead of replacing them.
+            let script =
+                "dpkg-deb --fsys-tarfile \"$1\" | tar -x -p --keep-directory-symlink --numeric-owner -C \"$2\"";
+            run(&["sh", "-c", script, "unpack", &file.display().to_string(), &root.display().to_string()])?;
+        }
+        Ok(())
+    }
+}
+
+struct Planned {
+    name: String,
+    version: String,
+    file: String,
+}
+
+/// What apt would install on an empty machine: lines `'URI' FILE SIZE HASH`.
+fn plan(cache: &Path, names: &[String]) -> Result<Vec<Planned>, HostError> {
+    let status = format!("Dir::State::status={}", cache.join("none-installed").display());
+    // An empty folder for archives: apt does not print what it has already.
+    let empty = cache.join("empty");
+    at(&empty, std::fs::create_dir_all(empty.join("partial")))?;
+    let archives = format!("Dir::Cache::archives={}", empty.display());
+    let mut words = vec![
+        "apt-get",
+        "-qq",
+        "--print-uris",
+        "--yes",
+        "--no-install-recommends",
+        "-o",
+        &status,
+        "-o",
+        &archives,
+        "-o",
+        "Debug::NoLocking=true",
+        "install",
+    ];
+    words.extend(names.iter().map(String::as_str));
+    Ok(run(&words)?.lines().filter_map(read_plan).collect())
+}
+
+fn read_plan(line: &str) -> Option<Planned> {
+    let file = line.split_whitespace().nth(1)?;
+    let mut parts = file.strip_suffix(".deb")?.rsplitn(3, '_').skip(1);
+    let version = parts.next()?.replace("%3a", ":");
+    Some(Planned { name: parts.next()?.to_owned(), version, file: file.to_owned() })
+}
+
+/// Downloads into `archives`; `apt-get download` neither locks nor installs. Over 2 s it says so.
+fn fetch(archives: &Path, missing: &[&Planned]) -> Result<(), HostError> {
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let start = Instant::now();
+    eprintln!("fetching {} Debian packages", missing.len());
+    let exact: Vec<String> = missing.iter().map(|item| format!("{}={}", item.name, item.version)).collect();
+    // Into a folder of its own and renamed, so that a broken download is never taken for a package.
+    let part = archives.join(format!("fetch-{}", std::process::id()));
+    at(&part, std::fs::create_dir_all(&part))?;
+    let script = "cd \"$0\" && apt-get -qq -o APT::Sandbox::User=root download \"$@\"";
+    let folder = part.display().to_string();
+    let words: Vec<&str> = ["sh", "-c", script, &folder].into_iter().chain(exact.iter().map(String::as_str)).collect();
+    let fetched = run(&words);
+    for entry in at(&part, std::fs::read_dir(&part))?.flatten().filter(|_| fetched.is_ok()) {
+        at(&part, std::fs::rename(entry.path(), archives.join(entry.file_name())))?;
+    }
+    at(&part, std::fs::remove_dir_all(&part))?;
+    eprintln!("fetched in {:.1} s", start.elapsed().as_secs_f64());
+    fetched.map(drop)
+}
+
+/// `*` stands for any text, at one or both ends or in the middle.
+fn matches(pattern: &str, name: &str) -> bool {
+    match pattern.split_once('*') {
+        None => pattern == name,
+        Some((head, tail)) => name.len() >= head.len() + tail.len() && name.starts_with(head) && name.ends_with(tail),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_of_apts_plan_gives_name_version_and_file() {
+        let line = "'http://h/pool/z/zlib1g_1.2.13.dfsg-1_amd64.deb' zlib1g_1%3a1.2.13.dfsg-1_amd64.deb 86664 MD5Sum:x";
+        let planned = read_plan(line).unwrap();
+        assert_eq!((planned.name.as_str(), planned.version.as_str()), ("zlib1g", "1:1.2.13.dfsg-1"));
+        assert_eq!(planned.file, "zlib1g_1%3a1.2.13.dfsg-1_amd64.deb");
+        assert!(read_plan("E: no such package").is_none());
+    }
+
+    #[test]
+    fn patterns_match_at_both_ends() {
+        assert!(matches("perl*", "perl-base") && matches("lib*-perl", "libjson-perl") && matches("ucf", "ucf"));
+        assert!(!matches("perl*", "libperl5.36") && !matches("lib*-perl", "lib-p") && !matches("ucf", "ucfx"));
+    }
+}
