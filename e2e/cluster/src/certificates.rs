@@ -47,8 +47,10 @@ pub fn make(layout: &Layout) -> Result<(), CertificateError> {
     write(&part.join("ca.crt"), &authority.pem())?;
     make_servers(layout, &part, &authority)?;
     make_clients(layout, &part, &authority)?;
-    // The API server signs the tokens of service accounts with this one and everyone checks them with it.
-    write_secret(&part.join("service-accounts.key"), &KeyPair::generate()?.serialize_pem())?;
+    // The API server signs the tokens of service accounts with this pair and checks them with it.
+    let tokens = KeyPair::generate()?;
+    write_secret(&part.join("service-accounts.key"), &tokens.serialize_pem())?;
+    write(&part.join("service-accounts.pub"), &tokens.public_key_pem())?;
     Ok(at(&pki, std::fs::rename(&part, &pki))?)
 }
 

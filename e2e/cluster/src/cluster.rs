@@ -5,6 +5,7 @@
 //!
 //! Invariant: every step of `up` checks for what is there already, so a second `up` only mends what is missing.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -116,7 +117,7 @@ impl Cluster {
         for id in layout.node_ids() {
             step(progress, &format!("node {id} (containerd, kubelet)"), || cluster.start_node(id, &images))?;
         }
-        step(progress, "nodes Ready", || Ok(control_plane::await_nodes(layout, tools)?))?;
+        step(progress, "nodes Ready", || Ok(control_plane::await_nodes(layout, tools, &BTreeMap::new())?))?;
         Ok(cluster)
     }
 
@@ -239,10 +240,12 @@ impl Cluster {
     /// No such node, or it does not come up.
     pub fn restart_node(&self, node: NodeId, progress: Progress<'_>) -> Result<(), ClusterError> {
         self.kill_node(node)?;
+        let mut stale = control_plane::heartbeats(&self.layout, &self.tools)?;
+        stale.retain(|name, _| *name == node.to_string());
         node::forget_boot(&self.layout, node)?;
         network::heal(&self.layout, &[node])?;
         step(progress, &format!("node {node} (containerd, kubelet)"), || self.start_node(node, &[]))?;
-        step(progress, "node Ready", || Ok(control_plane::await_nodes(&self.layout, &self.tools)?))
+        step(progress, "node Ready", || Ok(control_plane::await_nodes(&self.layout, &self.tools, &stale)?))
     }
 
     /// Sends STOP, CONT, TERM or KILL to `containerd` or `kubelet` of a node.

@@ -3,6 +3,7 @@
 //! Invariant: each starts only once what it needs answers; what runs already is left alone. etcd runs with `--unsafe-no-fsync`:
 //! a crash of the machine loses the cluster, and every figure measured on it has to say so.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::host::{run, wait_until};
@@ -44,27 +45,52 @@ fn await_ready(layout: &Layout, tools: &Tools) -> Result<(), ProcessError> {
     })
 }
 
-/// Waits until the nodes are there and Ready.
+/// When each node last said how it is, in the API server's words; empty for one that is not there.
 ///
 /// # Errors
-/// They are not after 120 s, or a daemon of theirs ended.
-pub fn await_nodes(layout: &Layout, tools: &Tools) -> Result<(), ProcessError> {
-    let kubectl = tools.path("kubectl");
-    let config = format!("--kubeconfig={}", layout.kubeconfig().display());
-    let wanted: Vec<String> = layout.node_ids().map(|node| node.to_string()).collect();
-    let columns = r#"jsonpath={range .items[*]}{.metadata.name}={.status.conditions[?(@.type=="Ready")].status} {end}"#;
+/// The API server does not answer.
+pub fn heartbeats(layout: &Layout, tools: &Tools) -> Result<BTreeMap<String, String>, ProcessError> {
+    let seen = readiness(layout, tools)?;
+    Ok(seen.into_iter().map(|(name, (_, at))| (name, at)).collect())
+}
+
+/// Waits until all nodes that are on are Ready, by a word of theirs that is not among `stale`.
+///
+/// # Errors
+/// They are not after 120 s, or a kubelet ended by itself.
+pub fn await_nodes(layout: &Layout, tools: &Tools, stale: &BTreeMap<String, String>) -> Result<(), ProcessError> {
+    let on: Vec<Place> = layout.node_ids().map(Place::Node).filter(|place| is_on(layout, *place)).collect();
     wait_until("the nodes to be Ready", Duration::from_secs(120), || {
-        for node in layout.node_ids() {
-            process::expect_alive(layout, Place::Node(node), "kubelet")?;
+        for place in &on {
+            process::expect_alive(layout, *place, "kubelet")?;
         }
-        let seen = run(&[&kubectl, &config, "get", "nodes", "-o", columns])?;
-        let ready: Vec<&str> = seen.split_whitespace().filter_map(|word| word.strip_suffix("=True")).collect();
-        let all = wanted.iter().all(|node| ready.contains(&node.as_str()));
+        let seen = readiness(layout, tools)?;
+        let fresh = |place: &Place| {
+            let name = place.to_string();
+            seen.get(&name).is_some_and(|(ready, at)| ready == "True" && stale.get(&name) != Some(at))
+        };
+        let all = on.iter().all(fresh);
         if !all {
             std::thread::sleep(Duration::from_millis(300));
         }
-        Ok::<bool, ProcessError>(all)
+        Ok(all)
     })
+}
+
+fn is_on(layout: &Layout, place: Place) -> bool {
+    process::pid_of(layout, place, process::HOLDER).is_some()
+}
+
+/// Per node the status of its condition Ready and when that was last said.
+fn readiness(layout: &Layout, tools: &Tools) -> Result<BTreeMap<String, (String, String)>, ProcessError> {
+    const LINES: &str = r#"jsonpath={range .items[*]}{.metadata.name}{range .status.conditions[?(@.type=="Ready")]} {.status} {.lastHeartbeatTime}{end}{"\n"}{end}"#;
+    let config = format!("--kubeconfig={}", layout.kubeconfig().display());
+    let text = run(&[&tools.path("kubectl"), &config, "get", "nodes", "-o", LINES])?;
+    let read = |line: &str| {
+        let mut words = line.split_whitespace().map(str::to_owned);
+        Some((words.next()?, (words.next()?, words.next()?)))
+    };
+    Ok(text.lines().filter_map(read).collect())
 }
 
 fn etcd(layout: &Layout) -> Vec<String> {
@@ -96,7 +122,7 @@ fn api_server(layout: &Layout) -> Vec<String> {
         // Node names do not resolve here: without this, logs and exec fail.
         ("kubelet-preferred-address-types", "InternalIP"),
         ("service-account-issuer", "https://kubernetes.default.svc"),
-        ("service-account-key-file", &file("service-accounts.key")),
+        ("service-account-key-file", &file("service-accounts.pub")),
         ("service-account-signing-key-file", &file("service-accounts.key")),
         ("authorization-mode", "Node,RBAC"),
         ("enable-admission-plugins", "NodeRestriction"),
@@ -114,6 +140,8 @@ fn controller_manager(layout: &Layout) -> Vec<String> {
         ("use-service-account-credentials", "true"),
         ("leader-elect", "false"),
         ("bind-address", "127.0.0.1"),
+        // Its usual place is a folder of the machine, which it would make.
+        ("flex-volume-plugin-dir", &layout.place_dir(Place::ControlPlane).join("flex").display().to_string()),
         // A node is NotReady 16 s after its last word (the kubelet renews every 3 s), not 50 s: the tests wait for it.
         ("node-monitor-period", "2s"),
         ("node-monitor-grace-period", "16s"),

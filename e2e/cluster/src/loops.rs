@@ -68,7 +68,7 @@ pub fn detach(devices: &BTreeSet<Loop>) -> Result<(), HostError> {
 }
 
 fn attached() -> Result<Vec<Loop>, HostError> {
-    let text = run(&["losetup", "--list", "--noheadings", "--raw", "--output", "NAME,BACK-MAJ:MIN,BACK-INO"])?;
+    let text = run(&["losetup", "--list", "--noheadings", "--output", "NAME,BACK-MAJ:MIN,BACK-INO"])?;
     Ok(text.lines().filter_map(read_line).collect())
 }
 
