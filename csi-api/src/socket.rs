@@ -18,8 +18,13 @@ use std::time::Duration;
 
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::oneshot;
+use tokio_stream::StreamExt;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::server::Router;
+
+mod authority;
+
+use authority::TamedAuthority;
 
 /// How long calls that run may go on after the shutdown. The kubelet's grace period for a pod is 30 s.
 const GRACE: Duration = Duration::from_secs(10);
@@ -132,7 +137,8 @@ impl BoundSocket {
                 Err(_) => std::future::pending().await,
             }
         };
-        let served = router.serve_with_incoming_shutdown(UnixListenerStream::new(listener), signal);
+        let incoming = UnixListenerStream::new(listener).map(|io| io.map(TamedAuthority::new));
+        let served = router.serve_with_incoming_shutdown(incoming, signal);
         tokio::select! {
             result = served => result.map_err(|source| SocketError::Serve { path: place.path.clone(), source }),
             () = patience_over => Ok(()),
