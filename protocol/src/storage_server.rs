@@ -1,16 +1,51 @@
-//! The storage server's state machine: the comparator, the page logic, fills and settles (seed 002 \[0028\]).
+//! The storage server's state machine: the comparator, the page logic, fills and settles (seed 002 \[0028\], \[0040\]).
 //!
 //! One [`StorageServer`] is one process with its devices. It holds no socket, no disk and no clock: see [`Input`] and
-//! [`Output`].
+//! [`Output`]. Absent on purpose: any decision about who is `Active`, any deletion of its own accord, any answer out of
+//! what another process of this server promised.
+//!
+//! | file | what |
+//! |---|---|
+//! | `compare` | the comparator's table, a pure function |
+//! | `handles` | `Hello`, `Open`, `Join`, windows, credits |
+//! | `requests` | from a frame to an execution |
+//! | `page_ops` | executions: order within a page, marks before data, reads, writes, discards |
+//! | `pending` | pending marks and `confirmed` |
+//! | `reconfigure` | promise, fence, serve, copies |
+//! | `report` | heartbeats, inventory, what a fence reply says |
+//! | `pull`, `fill`, `settle` | pages from peers |
+//! | `volume` | what is known of a volume, and what of it is durable |
 
-use crate::control::{ControlReply, ControlRequest};
-use crate::ids::{BootId, ClusterId, Generation, ServerId, SessionId, VolumeId};
+use crate::ids::{BootId, ClusterId, CopyId, DeviceId, ServerId, VolumeId};
+use crate::layer::{PageKey};
 use crate::time::Millis;
-use crate::wire::{ReplyFrame, RequestFrame};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+mod compare;
+mod contract;
+mod fill;
+mod handles;
 pub mod medium;
+mod page_ops;
+mod pending;
+mod pull;
+mod reconfigure;
+mod report;
+mod requests;
+mod settle;
+mod volume;
 
-use medium::{MediumEvent, MediumOp, OpId, Opened};
+#[cfg(test)]
+mod tests;
+
+pub use contract::{CallId, ConnId, Input, Output, PeerId, StaleSeen, Violation};
+pub use volume::{VolumeBlob, read_blob};
+
+use handles::{Conn, Handle, WaitingOpen};
+use medium::{MediumAnswer, MediumEvent, MediumOp, OpId, Opened, PageRecord};
+use page_ops::{Exec, ExecId, PageQueue};
+use pull::Pull;
+use volume::Volume;
 
 /// Who a server is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,182 +56,261 @@ pub struct Config {
     pub cluster: ClusterId,
 }
 
-/// Names a connection that was accepted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ConnId(pub u64);
+/// Records of pages kept in memory per device, at most; the store has its own cache behind this.
+const MAX_CACHED_RECORDS: usize = 4096;
 
-/// Names a connection to a peer that was asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct PeerId(pub u64);
-
-/// Names a control call until it is answered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct CallId(pub u64);
-
-/// What happens to a storage server.
-#[derive(Clone, Debug)]
-pub enum Input {
-    /// A device was opened.
-    DeviceOpened(Opened),
-    /// A device answers, or is gone. Devices are named by the boot id of their opening.
-    Device {
-        /// Which opening.
-        boot: BootId,
-        /// What it says.
-        event: MediumEvent,
-    },
-    /// A frame came over an accepted connection (the first one makes it known).
-    Frame {
-        /// Which connection.
-        conn: ConnId,
-        /// It.
-        frame: RequestFrame,
-    },
-    /// An accepted connection is gone.
-    Closed {
-        /// Which.
-        conn: ConnId,
-    },
-    /// The operator asks.
-    Control {
-        /// Names the call.
-        call: CallId,
-        /// What.
-        request: ControlRequest,
-    },
-    /// A connection to a peer that was asked for is there (`Hello` is done by the runtime).
-    PeerConnected {
-        /// Which.
-        peer: PeerId,
-    },
-    /// It could not be made, or broke.
-    PeerBroken {
-        /// Which.
-        peer: PeerId,
-    },
-    /// A peer answers.
-    PeerFrame {
-        /// Which.
-        peer: PeerId,
-        /// It.
-        frame: ReplyFrame,
-    },
-    /// The process was asked to stop: it wants to be left out first (heartbeats say so).
-    Leave,
-    /// The time of the last [`Output::WakeAt`] has come.
-    Timer,
+/// One storage server.
+#[derive(Debug)]
+pub struct StorageServer {
+    config: Config,
+    devices: BTreeMap<BootId, Device>,
+    volumes: BTreeMap<VolumeId, Volume>,
+    conns: BTreeMap<ConnId, Conn>,
+    handles: BTreeMap<crate::wire::HandleId, Handle>,
+    opens: Vec<WaitingOpen>,
+    execs: BTreeMap<ExecId, Exec>,
+    ops: BTreeMap<OpId, (BootId, Owner)>,
+    pulls: BTreeMap<CopyId, Pull>,
+    minted: u64,
+    lease_number: u64,
+    leaving: bool,
+    now: Millis,
+    timers: BTreeSet<(Millis, Due)>,
+    wake: Millis,
+    out: Vec<Output>,
 }
 
-/// What a storage server wants done.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Output {
-    /// Hand an operation to a device.
-    Medium {
-        /// Which opening.
-        boot: BootId,
-        /// Names the operation.
-        op: OpId,
-        /// It.
-        what: MediumOp,
-    },
-    /// Close a device: an operation failed (R3). The runtime may open it anew, under a new boot id.
-    CloseDevice {
-        /// Which opening.
-        boot: BootId,
-    },
-    /// Send a reply.
-    Reply {
-        /// Over this connection.
-        conn: ConnId,
-        /// It.
-        frame: ReplyFrame,
-    },
-    /// Close an accepted connection: the other side broke the protocol, which is logged with this reason.
-    Close {
-        /// Which.
-        conn: ConnId,
-        /// What it did.
-        why: Violation,
-    },
-    /// Answer the operator.
-    ControlReply {
-        /// Which call.
-        call: CallId,
-        /// The answer.
-        reply: ControlReply,
-    },
-    /// Connect to a peer, trying its addresses in turn.
-    PeerConnect {
-        /// Names the connection.
-        peer: PeerId,
-        /// To whom.
-        server: ServerId,
-        /// `host:port`, in order.
-        addresses: Vec<String>,
-    },
-    /// Send a request to a peer.
-    PeerSend {
-        /// Which.
-        peer: PeerId,
-        /// It.
-        frame: RequestFrame,
-    },
-    /// Close a connection to a peer.
-    PeerClose {
-        /// Which.
-        peer: PeerId,
-    },
-    /// A request was answered `Stale` or `Ended`: counted at once by the runtime, told to the operator.
-    StaleSeen(StaleSeen),
-    /// Ask the operator for the committed map of a volume: a request was ahead of this server.
-    AskMap {
-        /// Which.
-        volume: VolumeId,
-        /// At least this new.
-        at_least: Generation,
-    },
-    /// Wake me then; replaces the time set before. `Millis::NEVER` = not at all.
-    WakeAt(Millis),
+/// An open device.
+#[derive(Debug)]
+struct Device {
+    device: DeviceId,
+    capacity_bytes: u64,
+    free_bytes: u64,
+    records: BTreeMap<PageKey, PageRecord>,
+    evicted: Option<PageKey>,
+    pages: BTreeMap<PageKey, PageQueue>,
 }
 
-/// A stale request, for metrics and events.
+/// What a timer is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Due {
+    /// Pending marks that `confirmed` covers are cleared, batched.
+    Clear(VolumeId),
+    /// Ask again for a map that others have.
+    Behind(VolumeId),
+    /// Begin fills, settles and repairs that a map calls for, or try them again.
+    Pulls(VolumeId),
+}
+
+/// Who waits for the answer of a medium operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct StaleSeen {
-    /// The volume.
-    pub volume: VolumeId,
-    /// The client; none for a peer.
-    pub session: SessionId,
-    /// What it had.
-    pub had: Generation,
-    /// What it needs.
-    pub need: Generation,
+enum Owner {
+    /// The record of a page, for everything queued on it.
+    Load(VolumeId, PageKey),
+    /// The durable pending mark of a page.
+    Mark(VolumeId, PageKey),
+    /// A pending mark that goes: nobody waits, but a fence does.
+    Clear(VolumeId),
+    /// Part of an execution; the number is the first block that it is about.
+    Exec(ExecId, u32),
+    /// The next page after the one that a source serves.
+    ExecNext(ExecId),
+    /// A client's flush.
+    Flush(ExecId),
+    /// A step of the reconfiguration under way.
+    Change(VolumeId),
+    /// The incarnation that an `Open` waits for.
+    Open(VolumeId),
+    /// A stale mark on a bad block: nobody waits, but a fence does.
+    Bad(VolumeId),
+    /// The next own page of a fill.
+    PullNext(CopyId),
+    /// What a fill or settle brought becomes durable: first the data, then the marks.
+    PullFlush(CopyId),
+    /// See above.
+    PullMarks(CopyId),
+    /// Nobody.
+    Nobody,
 }
 
-/// How a peer or client broke the protocol.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, thiserror::Error)]
-pub enum Violation {
-    /// No `Hello` first, or a second one.
-    #[error("no Hello first, or a second one")]
-    Hello,
-    /// Another cluster.
-    #[error("the client belongs to another cluster")]
-    WrongCluster,
-    /// It expected another server here.
-    #[error("the client expected another server at this address")]
-    WrongServer,
-    /// No version in common.
-    #[error("no protocol version in common")]
-    Version,
-    /// More requests or bytes under way than the window allows.
-    #[error("more requests under way than the window allows")]
-    Window,
-    /// A place that is not whole blocks within a page.
-    #[error("a place that is not whole blocks within a page")]
-    Place,
-    /// A handle that this connection may not use.
-    #[error("a handle that this connection may not use")]
-    Handle,
-    /// A write of a session that may only read, or a block request of a peer.
-    #[error("a request that this opener may not make")]
-    NotAllowed,
+impl StorageServer {
+    /// A server without devices.
+    pub fn new(config: Config) -> Self {
+        Self {
+            config,
+            devices: BTreeMap::new(),
+            volumes: BTreeMap::new(),
+            conns: BTreeMap::new(),
+            handles: BTreeMap::new(),
+            opens: Vec::new(),
+            execs: BTreeMap::new(),
+            ops: BTreeMap::new(),
+            pulls: BTreeMap::new(),
+            minted: 0,
+            lease_number: 0,
+            leaving: false,
+            now: Millis::default(),
+            timers: BTreeSet::new(),
+            wake: Millis::NEVER,
+            out: Vec::new(),
+        }
+    }
+
+    /// Takes one input and appends what is to be done.
+    pub fn handle(&mut self, now: Millis, input: Input, out: &mut Vec<Output>) {
+        self.now = self.now.max(now);
+        match input {
+            Input::DeviceOpened(opened) => self.device_opened(opened),
+            Input::Device { boot, event } => self.device_event(boot, event),
+            Input::Frame { conn, frame } => self.frame(conn, frame),
+            Input::Closed { conn } => self.conn_closed(conn),
+            Input::Control { call, request } => self.control(call, request),
+            Input::PeerConnected { peer } => self.peer_connected(peer),
+            Input::PeerBroken { peer } => self.peer_broken(peer),
+            Input::PeerFrame { peer, frame } => self.peer_frame(peer, frame),
+            Input::Leave => self.leaving = true,
+            Input::Timer => {}
+        }
+        self.run_due();
+        out.append(&mut self.out);
+    }
+
+    /// Does what is due, and sets the one timer when its time has changed.
+    fn run_due(&mut self) {
+        while let Some(&(at, due)) = self.timers.first().filter(|(at, _)| *at <= self.now) {
+            self.timers.remove(&(at, due));
+            match due {
+                Due::Clear(volume) => self.clear_due(volume),
+                Due::Behind(volume) => self.behind_due(volume),
+                Due::Pulls(volume) => self.start_pulls(volume),
+            }
+        }
+        let next = self.timers.first().map_or(Millis::NEVER, |(at, _)| *at);
+        if next != self.wake {
+            self.wake = next;
+            self.out.push(Output::WakeAt(next));
+        }
+    }
+
+    fn due(&mut self, at: Millis, what: Due) {
+        self.timers.insert((at, what));
+    }
+
+    fn mint(&mut self) -> u64 {
+        self.minted += 1;
+        self.minted
+    }
+
+    fn medium(&mut self, boot: BootId, owner: Owner, what: MediumOp) {
+        let op = self.mint();
+        self.ops.insert(op, (boot, owner));
+        self.out.push(Output::Medium { boot, op, what });
+    }
+
+    fn device_opened(&mut self, opened: Opened) {
+        assert!(opened.server == self.config.server && opened.cluster == self.config.cluster, "another server's device");
+        assert!(!self.devices.contains_key(&opened.boot), "a boot id is minted once (R3)");
+        self.lease_number = self.lease_number.max(opened.lease_number);
+        for (volume, blob) in &opened.volumes {
+            self.volumes.entry(*volume).or_default().merge_blob(blob);
+        }
+        for record in &opened.copies {
+            self.volumes.entry(record.volume).or_default().add_copy(record.clone(), opened.boot, opened.device);
+        }
+        self.restore_flags(&opened);
+        let device = Device {
+            device: opened.device,
+            capacity_bytes: opened.capacity_bytes,
+            free_bytes: opened.free_bytes,
+            records: BTreeMap::new(),
+            evicted: None,
+            pages: BTreeMap::new(),
+        };
+        self.devices.insert(opened.boot, device);
+    }
+
+    fn restore_flags(&mut self, opened: &Opened) {
+        let owner: BTreeMap<CopyId, VolumeId> = opened.copies.iter().map(|c| (c.copy, c.volume)).collect();
+        for page in &opened.pending {
+            if let Some(layer) = owner.get(&page.copy).and_then(|v| self.volumes.get_mut(v)?.layer_mut(page)) {
+                layer.pending_from_disk(page.page);
+            }
+        }
+        for page in &opened.unsynced {
+            if let Some(layer) = owner.get(&page.copy).and_then(|v| self.volumes.get_mut(v)?.layer_mut(page)) {
+                layer.unsynced.insert(page.page);
+            }
+        }
+    }
+
+    fn device_event(&mut self, boot: BootId, event: MediumEvent) {
+        match event {
+            MediumEvent::Failed => self.device_failed(boot),
+            MediumEvent::Answered { op, answer, free_bytes } => {
+                let Some(device) = self.devices.get_mut(&boot) else { return };
+                device.free_bytes = free_bytes;
+                let (opened, owner) = self.ops.remove(&op).expect("a device answers each operation once");
+                assert_eq!(opened, boot, "an operation is answered by the device that has it");
+                self.answered(boot, owner, answer);
+            }
+        }
+    }
+
+    fn answered(&mut self, boot: BootId, owner: Owner, answer: MediumAnswer) {
+        match owner {
+            Owner::Load(volume, page) => self.loaded(boot, volume, page, answer),
+            Owner::Mark(volume, page) => self.marked(boot, volume, page),
+            Owner::Clear(volume) | Owner::Bad(volume) => self.finished_one(volume),
+            Owner::Exec(exec, block) => self.exec_answered(exec, block, answer),
+            Owner::ExecNext(exec) => self.exec_next(exec, answer),
+            Owner::Flush(exec) => self.flush_answered(exec),
+            Owner::Change(volume) => self.change_answered(volume, answer),
+            Owner::Open(volume) => self.open_durable(volume),
+            Owner::PullNext(copy) => self.pull_next(copy, answer),
+            Owner::PullFlush(copy) => self.pull_flushed(copy),
+            Owner::PullMarks(copy) => self.pull_marked(copy),
+            Owner::Nobody => {}
+        }
+    }
+
+    /// R3: the opening is over. Whatever waited for it is answered `NotServing`, never success.
+    fn device_failed(&mut self, boot: BootId) {
+        if self.devices.remove(&boot).is_none() {
+            return;
+        }
+        self.out.push(Output::CloseDevice { boot });
+        let lost: Vec<_> = self.ops.iter().filter(|(_, (b, _))| *b == boot).map(|(op, (_, o))| (*op, *o)).collect();
+        for (op, _) in &lost {
+            self.ops.remove(op);
+        }
+        let execs: Vec<_> = self.execs.iter().filter(|(_, e)| e.uses(boot)).map(|(id, _)| *id).collect();
+        for exec in execs {
+            self.abandon(exec);
+        }
+        for (_, owner) in lost {
+            match owner {
+                Owner::Clear(volume) | Owner::Bad(volume) => self.finished_one(volume),
+                Owner::PullFlush(copy) | Owner::PullMarks(copy) => self.pull_lost(copy),
+                Owner::Open(volume) => self.open_durable(volume),
+                Owner::Change(volume) => self.change_lost(volume),
+                _ => {}
+            }
+        }
+        let closed = self.volumes.values_mut().flat_map(|v| v.copies.values_mut()).filter(|c| c.boot == Some(boot));
+        let copies: Vec<CopyId> = closed.map(|copy| { copy.close(); copy.record.copy }).collect();
+        for copy in copies {
+            self.drop_pull(copy);
+        }
+    }
+
+    /// One piece of work of a volume is over that a fence waits for.
+    fn finished_one(&mut self, volume: VolumeId) {
+        if let Some(known) = self.volumes.get_mut(&volume) {
+            known.executing = known.executing.checked_sub(1).expect("counted when it began");
+        }
+        self.advance_change(volume);
+    }
 }
+
+/// A queue that holds what comes in order.
+type Line<T> = VecDeque<T>;

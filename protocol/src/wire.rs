@@ -231,6 +231,13 @@ pub enum RequestBody {
         /// The page.
         page: u64,
     },
+    /// A peer asks the authoritative copy which pages it has pending; answered with [`ReplyBody::Pages`].
+    Suspects {
+        /// The layer.
+        layer: LayerId,
+        /// The group.
+        group: u32,
+    },
 }
 
 /// What a server answers. From `Superseded` on these are the numbered replies of the comparator and its kin: values,
@@ -276,12 +283,19 @@ pub enum ReplyBody {
     Page {
         /// States of its blocks; all absent if the page has no entry.
         blocks: BlockStates,
-        /// It has pending writes at the source (H8, H9).
-        pending: bool,
+        /// Writers of its pending writes at the source, with the last seq of each (H8, H9).
+        pending: Vec<(SessionId, (Incarnation, Seq))>,
+        /// It was pending on disk when the source's device was opened, and is not settled.
+        pending_before_start: bool,
         /// Ordinals that missed a write, at the source.
         missed: u16,
         /// The next page of the layer that has an entry at the source; `u64::MAX` = none.
         next: u64,
+    },
+    /// To `Suspects`: the pages that the authoritative copy has pending.
+    Pages {
+        /// Their numbers.
+        pages: Vec<u64>,
     },
     /// A higher incarnation or handle is open.
     Superseded {
@@ -370,6 +384,7 @@ wire_enum!(RequestBody {
     13 = Handled { loss },
     14 = Fill { layer, group, page },
     15 = Settle { layer, group, page },
+    16 = Suspects { layer, group },
 });
 wire_enum!(ReplyBody {
     1 = Hello { server, version, features, max_frame_bytes, window_requests, window_bytes },
@@ -377,7 +392,8 @@ wire_enum!(ReplyBody {
     3 = Done,
     4 = Data,
     5 = Map { map },
-    6 = Page { blocks, pending, missed, next },
+    6 = Page { blocks, pending, pending_before_start, missed, next },
+    7 = Pages { pages },
     32 = Superseded { highest },
     33 = Behind { own },
     34 = Ended,
@@ -431,7 +447,7 @@ impl ReplyBody {
     pub fn is_success(&self) -> bool {
         matches!(
             self,
-            Self::Hello { .. } | Self::Opened { .. } | Self::Done | Self::Data | Self::Map { .. } | Self::Page { .. }
+            Self::Hello { .. } | Self::Opened { .. } | Self::Done | Self::Data | Self::Map { .. } | Self::Page { .. } | Self::Pages { .. }
         )
     }
 }

@@ -1,0 +1,214 @@
+//! Pending marks and `confirmed` (I3, H3, H4; seed 002 \[0041\]–\[0047\]).
+//!
+//! ```text
+//!         first touch                  commit durable                  confirmed covers every writer
+//! clean ─────────────► being marked ─────────────────► pending ─────────────────────────────────────► clean
+//! ```
+//! The mark is durable before the write's data is acknowledged, can be read or copied by a fill, or can be durable. It
+//! is cleared lazily and batched. A page that was pending when the device was opened is suspect and never cleared by
+//! `confirmed`, only by the end of a settle.
+
+use super::medium::{MediumOp, Record};
+use super::page_ops::{Exec, ExecId, Work};
+use super::volume::CopyLayer;
+use super::{Due, Owner, StorageServer};
+use crate::ids::{BootId, Incarnation, Seq, SessionId, VolumeId};
+use crate::layer::PageKey;
+use crate::map::VolumeMap;
+use crate::wire::{HandleId, Opener};
+
+/// How long marks that may go wait for others to go with them, in milliseconds.
+const CLEAR_BATCH_MS: u64 = 50;
+
+/// The pending mark of one page.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Pending {
+    /// Last seq of each (session, incarnation) that wrote to it, or whose writes a fill brought.
+    pub(super) writers: Vec<((SessionId, Incarnation), Seq)>,
+    /// Set on disk when the device was opened, here or where a fill came from.
+    pub(super) before_start: bool,
+    /// The mark is on disk.
+    pub(super) durable: bool,
+    /// Executions under way that need it.
+    pub(super) busy: u32,
+}
+
+impl Pending {
+    pub(super) fn note(&mut self, writer: (SessionId, Incarnation), seq: Seq) {
+        match self.writers.iter_mut().find(|(w, _)| *w == writer) {
+            Some((_, last)) => *last = seq.max(*last),
+            None => self.writers.push((writer, seq)),
+        }
+    }
+}
+
+impl CopyLayer {
+    pub(super) fn pending_from_disk(&mut self, page: u64) {
+        self.pending.insert(page, Pending { before_start: true, durable: true, ..Pending::default() });
+    }
+}
+
+impl StorageServer {
+    /// Sees to it that the page of an execution that changes blocks is marked.
+    pub(super) fn mark_for(&mut self, id: ExecId) {
+        let exec = &self.execs[&id];
+        let (volume, boot, page) = (exec.volume, exec.boot, exec.page);
+        let (writers, before_start) = match &exec.work {
+            Work::Write { to, .. } | Work::Discard { to } => {
+                let handle = &self.handles[&to.header.handle];
+                let Opener::Session { session } = handle.opener else { unreachable!("peers do not write") };
+                (vec![((session, handle.incarnation), to.header.seq)], false)
+            }
+            Work::Apply(apply) if apply.needs_mark() => (apply.writers.clone(), apply.before_start),
+            _ => return,
+        };
+        let layer = self.known(volume).layer_mut(&page).expect("located");
+        let pending = layer.pending.entry(page.page).or_default();
+        let first = !pending.durable && pending.busy == 0;
+        pending.busy += 1;
+        pending.before_start |= before_start;
+        for (writer, seq) in writers {
+            pending.note(writer, seq);
+        }
+        if first {
+            self.medium(boot, Owner::Mark(volume, page), MediumOp::Commit(vec![Record::Pending { page, set: true }]));
+        }
+    }
+
+    pub(super) fn marked(&mut self, boot: BootId, volume: VolumeId, page: PageKey) {
+        if let Some(pending) = self.known(volume).layer_mut(&page).and_then(|l| l.pending.get_mut(&page.page)) {
+            pending.durable = true;
+        }
+        self.run_prepared(boot, page);
+    }
+
+    pub(super) fn mark_is_durable(&self, exec: &Exec) -> bool {
+        let needs = match &exec.work {
+            Work::Write { .. } | Work::Discard { .. } => true,
+            Work::Apply(apply) => apply.needs_mark(),
+            _ => false,
+        };
+        let layer = || self.volumes.get(&exec.volume)?.copies.get(&exec.page.copy)?.layers.get(&exec.page.layer);
+        !needs || layer().and_then(|l| l.pending.get(&exec.page.page)).is_some_and(|p| p.durable)
+    }
+
+    /// An execution that needed the mark is over.
+    pub(super) fn unmark_for(&mut self, exec: &Exec) {
+        let needed = match &exec.work {
+            Work::Write { .. } | Work::Discard { .. } => true,
+            Work::Apply(apply) => apply.needs_mark(),
+            _ => false,
+        };
+        if !needed {
+            return;
+        }
+        let layer = self.known(exec.volume).layer_mut(&exec.page);
+        if let Some(pending) = layer.and_then(|l| l.pending.get_mut(&exec.page.page)) {
+            pending.busy -= 1;
+        }
+    }
+
+    /// A driver says up to where its writes are acknowledged and durable on all copies.
+    pub(super) fn note_confirmed(&mut self, volume: VolumeId, session: SessionId, handle: HandleId, confirmed: Seq) {
+        let incarnation = self.handles[&handle].incarnation;
+        let known = self.known(volume);
+        let heard = known.sessions.entry(session).or_default().confirmed.entry(incarnation).or_default();
+        if confirmed > *heard {
+            *heard = confirmed;
+            if !std::mem::replace(&mut known.clearing, true) {
+                self.due(self.now.after(CLEAR_BATCH_MS), Due::Clear(volume));
+            }
+        }
+    }
+
+    pub(super) fn clear_due(&mut self, volume: VolumeId) {
+        if let Some(known) = self.volumes.get_mut(&volume) {
+            known.clearing = false;
+            self.clear_confirmed(volume);
+        }
+    }
+
+    /// Clears the mark of every page all of whose writers have confirmed.
+    pub(super) fn clear_confirmed(&mut self, volume: VolumeId) {
+        let known = self.known(volume);
+        let sessions = &known.sessions;
+        let covered = |pending: &Pending| {
+            let confirmed = |(session, incarnation): (SessionId, Incarnation), seq: Seq| {
+                let heard = sessions.get(&session).and_then(|s| s.confirmed.get(&incarnation));
+                heard.is_some_and(|&confirmed| confirmed >= seq)
+            };
+            !pending.before_start && pending.writers.iter().all(|&(writer, seq)| confirmed(writer, seq))
+        };
+        let cleared = remove_pending(&mut known.copies, covered);
+        for (boot, records) in cleared {
+            self.known(volume).executing += 1;
+            self.medium(boot, Owner::Clear(volume), MediumOp::Commit(records));
+        }
+    }
+
+    /// The pending writes of older incarnations count as the opener's own from now on.
+    pub(super) fn adopt(&mut self, volume: VolumeId, session: SessionId, handle: HandleId, up_to: Incarnation) {
+        let own = self.handles[&handle].incarnation;
+        for layer in self.known(volume).copies.values_mut().flat_map(|c| c.layers.values_mut()) {
+            for pending in layer.pending.values_mut() {
+                let older = |w: &(SessionId, Incarnation)| w.0 == session && w.1 <= up_to && w.1 < own;
+                let had = pending.writers.len();
+                pending.writers.retain(|(writer, _)| !older(writer));
+                if pending.writers.len() < had {
+                    pending.note((session, own), Seq(0));
+                }
+            }
+        }
+    }
+}
+
+/// Takes the marks that may go out of memory; the records that make it durable, per opening.
+fn remove_pending(
+    copies: &mut std::collections::BTreeMap<crate::ids::CopyId, super::volume::Copy>,
+    may_go: impl Fn(&Pending) -> bool,
+) -> Vec<(BootId, Vec<Record>)> {
+    let mut cleared = Vec::new();
+    for copy in copies.values_mut() {
+        let Some(boot) = copy.boot else { continue };
+        let copy_id = copy.record.copy;
+        let mut records = Vec::new();
+        for (layer_id, layer) in &mut copy.layers {
+            layer.pending.retain(|page, pending| {
+                let goes = pending.durable && pending.busy == 0 && may_go(pending);
+                if goes {
+                    let page = PageKey { copy: copy_id, layer: *layer_id, page: *page };
+                    records.push(Record::Pending { page, set: false });
+                }
+                !goes
+            });
+        }
+        if !records.is_empty() {
+            cleared.push((boot, records));
+        }
+    }
+    cleared
+}
+
+/// What the generation that ends a settle clears on a member that it lists with its own boot id: what is pending of
+/// ended sessions, of older incarnations and from before the start (M1). What a live session has pending stays.
+pub(super) fn end_of_settle(copy: &mut super::volume::Copy, map: &VolumeMap) -> Vec<Record> {
+    let lives = |(session, incarnation): (SessionId, Incarnation)| {
+        map.session(session).is_some_and(|s| incarnation >= s.incarnation)
+    };
+    let copy_id = copy.record.copy;
+    let mut records = Vec::new();
+    for (layer_id, layer) in &mut copy.layers {
+        layer.pending.retain(|page, pending| {
+            assert_eq!(pending.busy, 0, "a map is stored when nothing executes");
+            pending.writers.retain(|(writer, _)| lives(*writer));
+            pending.before_start = false;
+            let stays = !pending.writers.is_empty();
+            if !stays {
+                let page = PageKey { copy: copy_id, layer: *layer_id, page: *page };
+                records.push(Record::Pending { page, set: false });
+            }
+            stays
+        });
+    }
+    records
+}

@@ -1,0 +1,465 @@
+//! Promise, fence, serve, and copies that come and go (PROTOCOL.md §3; I1, I2, H2, H19, M2).
+//!
+//! ```text
+//! fence: Draining ─► Clearing ─► Marking (H7) ─► Flushing (H11b) ─► Promising ─► answered
+//! serve: Draining ─► Storing (one durable step) ─► answered, map pushed, pulls begin
+//! ```
+//! The promise counts in memory from the moment the order arrives: nothing older is admitted from then on, what is under
+//! way is waited for. It is answered only when it is durable. Orders for one volume are carried out one after another.
+
+use super::contract::{CallId, Output};
+use super::medium::{CopyRecord, LayerRecord, MediumAnswer, MediumOp, Record};
+use super::pending::end_of_settle;
+use super::volume::Volume;
+use super::{Due, Owner, StorageServer};
+use crate::control::{ControlReply, ControlRequest, Fence};
+use crate::ids::{BootId, CopyId, DeviceId, Generation, LayerId, VolumeId};
+use crate::layer::PageKey;
+use crate::map::{MemberState, Settle, VolumeMap};
+use std::collections::BTreeMap;
+
+/// Orders that wait for one volume; more than the steps of two leaders at once is nonsense and refused.
+const MAX_WAITING_CHANGES: usize = 16;
+
+/// An order being carried out.
+#[derive(Debug)]
+pub(super) struct Change {
+    call: CallId,
+    order: Order,
+    stage: Stage,
+    outstanding: usize,
+    /// A device failed meanwhile: nothing about it can be promised.
+    lost: bool,
+}
+
+#[derive(Debug)]
+enum Order {
+    Fence(Fence),
+    Serve(VolumeMap),
+    Put { copy: CopyRecord, device: BootId },
+    Delete { copy: CopyId },
+    Flush,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Draining,
+    Clearing,
+    Marking,
+    Flushing,
+    Promising,
+    Storing,
+    Over,
+}
+
+impl StorageServer {
+    pub(super) fn control(&mut self, call: CallId, request: ControlRequest) {
+        let reply = match request {
+            ControlRequest::Heartbeat { lease_number } => self.heartbeat(lease_number),
+            ControlRequest::GetVolume { volume } => self.volume_report(volume),
+            ControlRequest::Inventory => self.inventory(),
+            ControlRequest::Fence(fence) => return self.order_fence(call, fence),
+            ControlRequest::Serve { map } => return self.order_serve(call, map),
+            ControlRequest::PutCopy { volume, generation, copy, device, placement, group, layers, unsynced } => {
+                let cursor = if unsynced { 0 } else { u64::MAX };
+                let layers = layers.iter().map(|&(layer, page_bytes)| LayerRecord { layer, page_bytes, cursor });
+                let record = CopyRecord { copy, volume, placement, group, layers: layers.collect() };
+                return self.order_put(call, generation, device, record);
+            }
+            ControlRequest::PrepareFlush { volume, generation } => return self.order_flush(call, volume, generation),
+            ControlRequest::DeleteCopy { volume, copy, generation } => {
+                return self.order_delete(call, volume, copy, generation);
+            }
+        };
+        self.control_reply(call, reply);
+    }
+
+    fn control_reply(&mut self, call: CallId, reply: ControlReply) {
+        self.out.push(Output::ControlReply { call, reply });
+    }
+
+    fn refuse(&mut self, call: CallId, volume: VolumeId) {
+        let known = self.volumes.get(&volume);
+        let promised = known.map_or(Generation(0), |v| v.promised);
+        let stored = known.map_or(Generation(0), Volume::stored);
+        self.control_reply(call, ControlReply::Refused { promised, stored });
+    }
+
+    fn order_fence(&mut self, call: CallId, fence: Fence) {
+        let volume = fence.volume;
+        let Some(known) = self.volumes.get(&volume).filter(|v| !v.copies.is_empty()) else {
+            return self.control_reply(call, ControlReply::NoCopy { copy: CopyId::NONE });
+        };
+        if known.boots().is_empty() {
+            return self.control_reply(call, ControlReply::DeviceClosed);
+        }
+        // The same number again is the same plan (a proposal's generation belongs to it for ever): a lost reply.
+        if fence.generation < known.promised || fence.generation <= known.stored() {
+            return self.refuse(call, volume);
+        }
+        self.promise(volume, fence.generation);
+        self.enqueue(volume, call, Order::Fence(fence), Stage::Draining);
+    }
+
+    fn order_serve(&mut self, call: CallId, map: VolumeMap) {
+        let volume = map.volume;
+        let mine = map.members().find(|m| m.server == self.config.server).map_or(CopyId::NONE, |m| m.copy);
+        let Some(known) = self.volumes.get(&volume).filter(|v| !v.copies.is_empty()) else {
+            return self.control_reply(call, ControlReply::NoCopy { copy: mine });
+        };
+        // Another map under the same number can only come of an API server restored from an old copy (R6): refused.
+        if known.map.as_ref() == Some(&map) && known.promised == map.generation {
+            return self.control_reply(call, ControlReply::Done);
+        }
+        // Layers below the top come with snapshots; a map that has some is not one that this version can serve.
+        let servable = map.validate().is_ok() && map.layers.len() == 1;
+        if map.generation < known.promised || map.generation <= known.stored() || !servable {
+            return self.refuse(call, volume);
+        }
+        self.promise(volume, map.generation);
+        self.enqueue(volume, call, Order::Serve(map), Stage::Draining);
+    }
+
+    fn order_put(&mut self, call: CallId, generation: Generation, device: DeviceId, record: CopyRecord) {
+        let volume = record.volume;
+        if let Some(known) = self.volumes.get(&volume) {
+            if generation < known.promised || generation <= known.stored() {
+                return self.refuse(call, volume);
+            }
+            if let Some(copy) = known.copies.get(&record.copy) {
+                let same = |a: &CopyRecord, b: &CopyRecord| {
+                    a.layers.iter().map(|l| l.layer).eq(b.layers.iter().map(|l| l.layer)) && a.group == b.group
+                };
+                let reply = if copy.boot.is_none() {
+                    ControlReply::DeviceClosed
+                } else if same(&copy.record, &record) {
+                    ControlReply::Done
+                } else {
+                    ControlReply::NoCopy { copy: record.copy }
+                };
+                return self.control_reply(call, reply);
+            }
+        }
+        let fits = |d: &super::Device| device.is_none() || d.device == device;
+        let roomiest = self.devices.iter().filter(|(_, d)| fits(d)).max_by_key(|(_, d)| d.free_bytes);
+        let Some((&boot, _)) = roomiest else { return self.control_reply(call, ControlReply::NoSpace) };
+        self.volumes.entry(volume).or_default();
+        self.enqueue(volume, call, Order::Put { copy: record, device: boot }, Stage::Storing);
+    }
+
+    fn order_flush(&mut self, call: CallId, volume: VolumeId, generation: Generation) {
+        let Some(known) = self.volumes.get(&volume) else {
+            return self.control_reply(call, ControlReply::NoCopy { copy: CopyId::NONE });
+        };
+        if known.promised > generation || known.stored() > generation {
+            return self.refuse(call, volume);
+        }
+        self.enqueue(volume, call, Order::Flush, Stage::Flushing);
+    }
+
+    fn order_delete(&mut self, call: CallId, volume: VolumeId, copy: CopyId, generation: Generation) {
+        let Some(known) = self.volumes.get(&volume).filter(|v| v.copies.contains_key(&copy)) else {
+            return self.control_reply(call, ControlReply::NoCopy { copy });
+        };
+        let listed = known.map.as_ref().is_some_and(|map| map.place_of(copy).is_some());
+        let own_map_says_keep = listed && known.stored() >= generation;
+        if known.promised > generation || known.stored() > generation || own_map_says_keep {
+            return self.refuse(call, volume);
+        }
+        if known.copies[&copy].boot.is_none() {
+            return self.control_reply(call, ControlReply::DeviceClosed);
+        }
+        // A map as new as the order no longer lists it: what an older one admitted must end first.
+        let stage = if known.stored() < generation { Stage::Draining } else { Stage::Storing };
+        if stage == Stage::Draining {
+            self.promise(volume, generation);
+        }
+        self.drop_pull(copy);
+        self.enqueue(volume, call, Order::Delete { copy }, stage);
+    }
+
+    /// From here on nothing older is admitted; what is under way from peers is dropped (H6).
+    fn promise(&mut self, volume: VolumeId, generation: Generation) {
+        let known = self.known(volume);
+        if generation > known.promised {
+            known.promised = generation;
+            let copies: Vec<CopyId> = known.copies.keys().copied().collect();
+            for copy in copies {
+                self.drop_pull(copy);
+            }
+        }
+    }
+
+    fn enqueue(&mut self, volume: VolumeId, call: CallId, order: Order, stage: Stage) {
+        let known = self.known(volume);
+        if known.changes.len() >= MAX_WAITING_CHANGES {
+            return self.refuse(call, volume);
+        }
+        known.changes.push_back(Change { call, order, stage, outstanding: 0, lost: false });
+        if known.changes.len() == 1 {
+            self.begin_change(volume);
+        }
+    }
+
+    fn begin_change(&mut self, volume: VolumeId) {
+        let Some(change) = self.known(volume).changes.front() else { return };
+        match change.stage {
+            Stage::Draining => self.advance_change(volume),
+            stage => self.enter(volume, stage),
+        }
+    }
+
+    /// Goes on with the order under way if what it waited for is over.
+    pub(super) fn advance_change(&mut self, volume: VolumeId) {
+        let Some(known) = self.volumes.get(&volume) else { return };
+        let Some(change) = known.changes.front() else { return };
+        let waits_for_work = matches!(change.stage, Stage::Draining | Stage::Clearing);
+        if change.outstanding > 0 || (waits_for_work && known.executing > 0) {
+            return;
+        }
+        if self.is_overtaken(volume) {
+            let change = self.known(volume).changes.pop_front().expect("looked at above");
+            self.refuse(change.call, volume);
+            return self.begin_change(volume);
+        }
+        let next = next_stage(self.known(volume).changes.front().expect("looked at above"));
+        self.enter(volume, next);
+    }
+
+    /// A later order has promised more: this one must not be answered as done.
+    fn is_overtaken(&self, volume: VolumeId) -> bool {
+        let known = &self.volumes[&volume];
+        known.changes.front().is_some_and(|change| match &change.order {
+            Order::Fence(fence) => fence.generation < known.promised,
+            Order::Serve(map) => map.generation < known.promised && change.stage != Stage::Storing,
+            Order::Put { .. } | Order::Delete { .. } | Order::Flush => false,
+        })
+    }
+
+    fn enter(&mut self, volume: VolumeId, stage: Stage) {
+        let change = self.known(volume).changes.front_mut().expect("an order is under way");
+        change.stage = stage;
+        let outstanding = match stage {
+            Stage::Draining => 0,
+            Stage::Clearing => {
+                self.clear_confirmed(volume);
+                0
+            }
+            Stage::Marking => self.mark_rejoining(volume),
+            Stage::Flushing => self.flush_all(volume),
+            Stage::Promising => self.persist(volume, Owner::Change(volume)),
+            Stage::Storing => self.store(volume),
+            Stage::Over => return self.finish_change(volume),
+        };
+        if let Some(change) = self.known(volume).changes.front_mut() {
+            change.outstanding = outstanding;
+        }
+        if outstanding == 0 {
+            self.advance_change(volume);
+        }
+    }
+
+    pub(super) fn change_answered(&mut self, volume: VolumeId, answer: MediumAnswer) {
+        assert_eq!(answer, MediumAnswer::Done, "commits and flushes need no room");
+        let change = self.known(volume).changes.front_mut().expect("an order is under way");
+        change.outstanding -= 1;
+        self.advance_change(volume);
+    }
+
+    pub(super) fn change_lost(&mut self, volume: VolumeId) {
+        let change = self.known(volume).changes.front_mut().expect("an order is under way");
+        change.outstanding -= 1;
+        change.lost = true;
+        self.advance_change(volume);
+    }
+
+    /// H7: every page of the copies that rejoin is out of date, durably, each time; what they settled is forgotten (M4).
+    fn mark_rejoining(&mut self, volume: VolumeId) -> usize {
+        let known = self.known(volume);
+        let Order::Fence(fence) = &known.changes.front().expect("an order is under way").order else { return 0 };
+        let mut records: BTreeMap<BootId, Vec<Record>> = BTreeMap::new();
+        let mut marked = Vec::new();
+        for copy_id in &fence.unsync {
+            let Some(copy) = known.copies.get_mut(copy_id) else { continue };
+            let Some(boot) = copy.boot else { continue };
+            copy.settled = None;
+            copy.filled_bytes = 0;
+            for (layer_id, layer) in &mut copy.layers {
+                layer.cursor = 0;
+                layer.unsynced.clear();
+                let records = records.entry(boot).or_default();
+                records.push(Record::MarkLayerUnsynced { copy: *copy_id, layer: *layer_id });
+                // What was pending says that this copy may have writes that others lack; all of them are stale now.
+                for page in std::mem::take(&mut layer.pending).into_keys() {
+                    let page = PageKey { copy: *copy_id, layer: *layer_id, page };
+                    records.push(Record::Pending { page, set: false });
+                }
+            }
+            marked.push((boot, *copy_id));
+        }
+        for (boot, copy) in marked {
+            self.forget_records(boot, copy);
+        }
+        self.commit_all(volume, records)
+    }
+
+    fn commit_all(&mut self, volume: VolumeId, records: BTreeMap<BootId, Vec<Record>>) -> usize {
+        let commits = records.len();
+        for (boot, records) in records {
+            self.medium(boot, Owner::Change(volume), MediumOp::Commit(records));
+        }
+        commits
+    }
+
+    fn flush_all(&mut self, volume: VolumeId) -> usize {
+        let boots = self.known(volume).boots();
+        for boot in &boots {
+            self.medium(*boot, Owner::Change(volume), MediumOp::Flush);
+        }
+        boots.len()
+    }
+
+    /// Makes promise, map, incarnations and `handled` durable on every device with a copy; the number of commits.
+    pub(super) fn persist(&mut self, volume: VolumeId, owner: Owner) -> usize {
+        let known = self.known(volume);
+        let (boots, blob) = (known.boots(), known.blob());
+        for boot in &boots {
+            let record = Record::PutVolume { volume, blob: blob.clone() };
+            self.medium(*boot, owner, MediumOp::Commit(vec![record]));
+        }
+        boots.len()
+    }
+
+    fn store(&mut self, volume: VolumeId) -> usize {
+        let change = self.known(volume).changes.front().expect("an order is under way");
+        match &change.order {
+            Order::Serve(map) => {
+                let map = map.clone();
+                self.store_map(volume, map)
+            }
+            Order::Put { copy, device } => {
+                let (copy, boot) = (copy.clone(), *device);
+                self.store_copy(volume, copy, boot)
+            }
+            Order::Delete { copy } => {
+                let copy = *copy;
+                self.store_deletion(volume, copy)
+            }
+            Order::Fence(_) | Order::Flush => unreachable!("stores nothing"),
+        }
+    }
+
+    /// M2: one durable step. Its parts in order: what the end of a settle clears, then the map itself.
+    fn store_map(&mut self, volume: VolumeId, map: VolumeMap) -> usize {
+        let server = self.config.server;
+        let known = self.known(volume);
+        let mut records: BTreeMap<BootId, Vec<Record>> = known.boots().into_iter().map(|b| (b, Vec::new())).collect();
+        for (_, _, group) in map.groups().filter(|(_, _, group)| group.settle == Settle::Over) {
+            let member = group.members.iter().find(|m| m.server == server && m.state != MemberState::Failed);
+            let Some(member) = member else { continue };
+            let copy = known.copies.get_mut(&member.copy).filter(|copy| copy.boot == Some(member.boot));
+            if let Some(copy) = copy {
+                records.entry(member.boot).or_default().append(&mut end_of_settle(copy, &map));
+            }
+        }
+        for session in &map.sessions {
+            let heard = known.sessions.entry(session.id).or_default();
+            heard.incarnation = heard.incarnation.max(session.incarnation);
+            heard.handled = heard.handled.max(session.handled);
+            let highest = heard.incarnation;
+            heard.opens.retain(|incarnation, _| *incarnation >= highest);
+        }
+        known.sessions.retain(|id, _| map.session(*id).is_some());
+        known.map = Some(map);
+        let blob = known.blob();
+        for records in records.values_mut() {
+            records.push(Record::PutVolume { volume, blob: blob.clone() });
+        }
+        self.commit_all(volume, records)
+    }
+
+    fn store_copy(&mut self, volume: VolumeId, copy: CopyRecord, boot: BootId) -> usize {
+        if !self.devices.contains_key(&boot) {
+            if let Some(change) = self.known(volume).changes.front_mut() {
+                change.lost = true;
+            }
+            return 0;
+        }
+        let blob = self.known(volume).blob();
+        let records = vec![Record::PutCopy(copy), Record::PutVolume { volume, blob }];
+        self.commit_all(volume, BTreeMap::from([(boot, records)]))
+    }
+
+    fn store_deletion(&mut self, volume: VolumeId, copy: CopyId) -> usize {
+        let known = self.known(volume);
+        let Some(gone) = known.copies.remove(&copy) else { return 0 };
+        let Some(boot) = gone.boot else { return 0 };
+        let mut records = vec![Record::DropCopy(copy)];
+        if !known.copies.values().any(|c| c.boot == Some(boot)) {
+            records.push(Record::DropVolume(volume));
+        }
+        self.forget_records(boot, copy);
+        self.commit_all(volume, BTreeMap::from([(boot, records)]))
+    }
+
+    fn finish_change(&mut self, volume: VolumeId) {
+        let change = self.known(volume).changes.pop_front().expect("an order is under way");
+        let reply = match &change.order {
+            _ if change.lost => ControlReply::DeviceClosed,
+            Order::Fence(_) => self.promised_report(volume),
+            _ => ControlReply::Done,
+        };
+        match change.order {
+            Order::Serve(_) => self.map_stored(volume),
+            Order::Put { copy, device } if !change.lost => {
+                let minted = self.devices.get(&device).map(|d| d.device);
+                if let Some(id) = minted {
+                    self.known(volume).add_copy(copy, device, id);
+                }
+            }
+            _ => {}
+        }
+        self.control_reply(change.call, reply);
+        if self.known(volume).copies.is_empty() && self.known(volume).changes.is_empty() {
+            self.forget_volume(volume);
+        } else {
+            self.begin_change(volume);
+        }
+    }
+
+    fn map_stored(&mut self, volume: VolumeId) {
+        self.push_map(volume);
+        self.due(self.now, Due::Pulls(volume));
+    }
+
+    fn forget_volume(&mut self, volume: VolumeId) {
+        self.volumes.remove(&volume);
+        self.opens.retain(|open| !open.is_of(volume));
+        self.handles.retain(|_, handle| handle.volume != volume);
+    }
+
+    /// The volume, which is known to be known.
+    pub(super) fn known(&mut self, volume: VolumeId) -> &mut Volume {
+        self.volumes.get_mut(&volume).expect("a volume stays known while anything of it is under way")
+    }
+
+    /// The pages of a copy's layer by the stored map; 0 if the map does not know it.
+    pub(super) fn pages_of(&self, volume: VolumeId, copy: CopyId, layer: LayerId) -> u64 {
+        let Some(map) = self.volumes.get(&volume).and_then(|v| v.map.as_ref()) else { return 0 };
+        let Some((placement, group, _)) = map.place_of(copy) else { return 0 };
+        let layer = map.layers.iter().find(|l| l.id == layer && l.placement == placement);
+        layer.map_or(0, |layer| map.geometry(layer).pages(group))
+    }
+}
+
+fn next_stage(change: &Change) -> Stage {
+    match (&change.order, change.stage) {
+        (_, Stage::Storing | Stage::Over) => Stage::Over,
+        (Order::Fence(_), Stage::Draining) => Stage::Clearing,
+        (Order::Fence(_), Stage::Clearing) => Stage::Marking,
+        (Order::Fence(fence), Stage::Marking) if fence.flush => Stage::Flushing,
+        (Order::Fence(_), Stage::Marking | Stage::Flushing) => Stage::Promising,
+        (Order::Fence(_), Stage::Promising) | (Order::Flush, _) => Stage::Over,
+        (Order::Serve(_) | Order::Delete { .. } | Order::Put { .. }, _) => Stage::Storing,
+    }
+}

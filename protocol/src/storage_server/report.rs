@@ -1,0 +1,158 @@
+//! What a server says of itself: heartbeats, the answer to a fence, the inventory.
+
+use super::StorageServer;
+use super::medium::{MediumOp, Record};
+use super::volume::{Copy, Volume};
+use super::Owner;
+use crate::control::{
+    Alive, ControlReply, CopyInventory, CopyProgress, CopyReport, DeviceReport, Promised, SettleName, VolumeReport,
+};
+use crate::ids::{BootId, VolumeId};
+use crate::map::{Settle, VolumeMap};
+use std::collections::BTreeMap;
+
+impl StorageServer {
+    pub(super) fn heartbeat(&mut self, lease_number: u64) -> ControlReply {
+        if lease_number > self.lease_number {
+            self.lease_number = lease_number;
+            // Durable at times: with every heartbeat that raises it, on whatever device is open (R6).
+            let boots: Vec<BootId> = self.devices.keys().copied().collect();
+            for boot in boots.into_iter().filter(|_| lease_number.is_multiple_of(16)) {
+                self.medium(boot, Owner::Nobody, MediumOp::Commit(vec![Record::LeaseNumber(lease_number)]));
+            }
+        }
+        let devices = self.devices.iter().map(|(boot, d)| DeviceReport {
+            device: d.device,
+            boot: *boot,
+            capacity_bytes: d.capacity_bytes,
+            free_bytes: d.free_bytes,
+        });
+        ControlReply::Alive(Alive {
+            server: self.config.server,
+            cluster: self.config.cluster,
+            lease_number: self.lease_number,
+            leaving: self.leaving,
+            devices: devices.collect(),
+            copies: self.progress(),
+            behind: self.behind(),
+        })
+    }
+
+    fn progress(&self) -> Vec<CopyProgress> {
+        let mut progress = Vec::new();
+        for (volume, known) in &self.volumes {
+            for copy in known.copies.values() {
+                let (unsynced, pages) = self.unsynced_of(*volume, copy);
+                let to_settle = settle_of(known, copy).map_or(0, |name| self.to_settle(copy, &name));
+                if copy.boot.is_none() || unsynced > 0 || to_settle > 0 {
+                    progress.push(CopyProgress {
+                        volume: *volume,
+                        copy: copy.record.copy,
+                        boot: copy.boot.unwrap_or_default(),
+                        stored: known.stored(),
+                        unsynced,
+                        pages,
+                        to_settle,
+                        filled_bytes: copy.filled_bytes,
+                    });
+                }
+            }
+        }
+        progress
+    }
+
+    fn behind(&self) -> Vec<(VolumeId, crate::ids::Generation)> {
+        let ahead = |(id, v): (&VolumeId, &Volume)| {
+            let at_least = v.behind.unwrap_or_default().max(v.promised);
+            (at_least > v.stored()).then_some((*id, at_least))
+        };
+        self.volumes.iter().filter_map(ahead).collect()
+    }
+
+    /// Pages that a fill must still bring, and pages in all. A layer that no map names yet counts by its mark alone.
+    fn unsynced_of(&self, volume: VolumeId, copy: &Copy) -> (u64, u64) {
+        let mut unsynced = 0;
+        let mut pages = 0;
+        for (layer_id, layer) in &copy.layers {
+            let own = self.pages_of(volume, copy.record.copy, *layer_id);
+            pages += own;
+            unsynced += match own {
+                0 => u64::from(layer.cursor != u64::MAX) + layer.unsynced.len() as u64,
+                own => layer.unsynced_pages(own),
+            };
+        }
+        (unsynced, pages)
+    }
+
+    /// The answer to a fence, from the state after everything older has ended (H2, H19).
+    pub(super) fn promised_report(&self, volume: VolumeId) -> ControlReply {
+        let known = &self.volumes[&volume];
+        let copies = known.copies.values().filter_map(|copy| Some(self.copy_report(volume, known, copy, copy.boot?)));
+        ControlReply::Promised(Promised {
+            server: self.config.server,
+            generation: known.promised,
+            stored: known.stored(),
+            sessions: known.sessions.iter().map(|(id, s)| (*id, (s.incarnation, s.handled))).collect(),
+            copies: copies.collect(),
+        })
+    }
+
+    fn copy_report(&self, volume: VolumeId, known: &Volume, copy: &Copy, boot: BootId) -> CopyReport {
+        let mut pending: BTreeMap<_, u64> = BTreeMap::new();
+        let mut before_start = 0;
+        for page in copy.layers.values().flat_map(|l| l.pending.values()) {
+            before_start += u64::from(page.before_start);
+            for (writer, _) in &page.writers {
+                *pending.entry(*writer).or_default() += 1;
+            }
+        }
+        let name = settle_of(known, copy);
+        CopyReport {
+            copy: copy.record.copy,
+            boot,
+            unsynced: self.unsynced_of(volume, copy).0,
+            pending: pending.into_iter().map(|((session, incarnation), n)| (session, (incarnation, n))).collect(),
+            pending_before_start: before_start,
+            settled_for: name,
+            to_settle: name.map_or(0, |name| self.to_settle(copy, &name)),
+        }
+    }
+
+    /// Suspect pages that this copy has still to settle; `u64::MAX` before it knows which they are. The authoritative
+    /// copy itself has none: its own report is the flush before the fence's answer (H12).
+    fn to_settle(&self, copy: &Copy, name: &SettleName) -> u64 {
+        let is_source = name.authoritative == copy.record.copy && Some(name.boot) == copy.boot;
+        if is_source || copy.settled == Some(*name) {
+            return 0;
+        }
+        self.pulls.get(&copy.record.copy).map_or(u64::MAX, |pull| pull.settle_left(name))
+    }
+
+    pub(super) fn volume_report(&self, volume: VolumeId) -> ControlReply {
+        let report = |v: &Volume| VolumeReport { promised: v.promised, map: v.map.clone() };
+        ControlReply::Volume { volume: self.volumes.get(&volume).map(report) }
+    }
+
+    pub(super) fn inventory(&self) -> ControlReply {
+        let of = |(volume, known): (&VolumeId, &Volume)| {
+            let (volume, stored) = (*volume, known.stored());
+            let of_copy = move |c: &Copy| CopyInventory { volume, copy: c.record.copy, device: c.device, stored };
+            known.copies.values().map(of_copy).collect::<Vec<_>>()
+        };
+        ControlReply::Inventory { copies: self.volumes.iter().flat_map(of).collect() }
+    }
+}
+
+/// The settle under way in a copy's group, by the stored map.
+fn settle_of(known: &Volume, copy: &Copy) -> Option<SettleName> {
+    known.map.as_ref().and_then(|map| settle_in(map, copy.record.copy))
+}
+
+/// The settle under way in the group of a copy.
+pub(super) fn settle_in(map: &VolumeMap, copy: crate::ids::CopyId) -> Option<SettleName> {
+    let (placement, group, _) = map.place_of(copy)?;
+    match map.placements[placement as usize].groups[group as usize].settle {
+        Settle::Running { authoritative, boot, begun } => Some(SettleName { authoritative, boot, begun }),
+        Settle::None | Settle::Over => None,
+    }
+}

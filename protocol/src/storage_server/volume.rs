@@ -1,0 +1,182 @@
+//! What a server knows of a volume: promise, map, sessions, copies; and what of it is durable.
+//!
+//! Promise, map, incarnations and `handled` are kept on every device with a copy of the volume; the highest counts
+//! (PROTOCOL.md, Identity). I2: neither promise nor stored generation ever goes down here.
+
+use super::Line;
+use super::medium::{CopyRecord, LayerRecord};
+use super::pending::Pending;
+use super::reconfigure::Change;
+use crate::codec::{DecodeError, Wire, decode, encode, wire_struct};
+use crate::control::SettleName;
+use crate::ids::{BootId, DeviceId, CopyId, Generation, Incarnation, LayerId, OpenNumber, Seq, SessionId};
+use crate::layer::PageKey;
+use crate::map::VolumeMap;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// What a device keeps of a volume.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct VolumeBlob {
+    /// Highest generation promised.
+    pub promised: Generation,
+    /// The committed map stored last.
+    pub map: Option<VolumeMap>,
+    /// Highest incarnation and `handled` of each session.
+    pub sessions: Vec<(SessionId, (Incarnation, Generation))>,
+}
+wire_struct!(VolumeBlob { promised, map, sessions });
+
+/// Reads what a device keeps of a volume (for inspection and recovery).
+pub fn read_blob(bytes: &[u8]) -> Result<VolumeBlob, DecodeError> {
+    decode(bytes)
+}
+
+/// A volume of which this server has, or had, a copy.
+#[derive(Debug, Default)]
+pub(super) struct Volume {
+    pub(super) promised: Generation,
+    pub(super) map: Option<VolumeMap>,
+    pub(super) sessions: BTreeMap<SessionId, KnownSession>,
+    pub(super) copies: BTreeMap<CopyId, Copy>,
+    /// Requests, marks and fills admitted and not finished: what a fence waits for (H19).
+    pub(super) executing: u64,
+    pub(super) changes: Line<Change>,
+    /// A timer is set to clear pages that `confirmed` covers.
+    pub(super) clearing: bool,
+    /// A request was ahead of this server: what was asked for.
+    pub(super) behind: Option<Generation>,
+}
+
+/// What is known of a session.
+#[derive(Debug, Default)]
+pub(super) struct KnownSession {
+    pub(super) incarnation: Incarnation,
+    pub(super) handled: Generation,
+    /// Highest `Open` of each incarnation that this process has seen (R7).
+    pub(super) opens: BTreeMap<Incarnation, OpenNumber>,
+    /// Highest `confirmed` of each incarnation.
+    pub(super) confirmed: BTreeMap<Incarnation, Seq>,
+}
+
+/// A copy on this server.
+#[derive(Debug)]
+pub(super) struct Copy {
+    pub(super) record: CopyRecord,
+    pub(super) device: DeviceId,
+    /// The opening of its device; `None` while that is closed.
+    pub(super) boot: Option<BootId>,
+    pub(super) layers: BTreeMap<LayerId, CopyLayer>,
+    /// The settle that this copy has done, durably; known in memory only (M3).
+    pub(super) settled: Option<SettleName>,
+    pub(super) filled_bytes: u64,
+    /// Pages with a bad block to repair from another `Active` member.
+    pub(super) repairs: BTreeSet<(LayerId, u64)>,
+}
+
+/// One layer of a copy.
+#[derive(Debug, Default)]
+pub(super) struct CopyLayer {
+    pub(super) page_bytes: u32,
+    /// Pages from here on are unsynced by the layer's mark; `u64::MAX` = none.
+    pub(super) cursor: u64,
+    /// Pages that are unsynced by a flag of their own.
+    pub(super) unsynced: BTreeSet<u64>,
+    pub(super) pending: BTreeMap<u64, Pending>,
+}
+
+impl CopyLayer {
+    pub(super) fn new(record: &LayerRecord) -> Self {
+        Self { page_bytes: record.page_bytes, cursor: record.cursor, ..Self::default() }
+    }
+
+    /// How many pages a fill must still bring, of a share of so many pages.
+    pub(super) fn unsynced_pages(&self, pages: u64) -> u64 {
+        pages.saturating_sub(self.cursor) + self.unsynced.range(..self.cursor.min(pages)).count() as u64
+    }
+}
+
+impl Copy {
+    pub(super) fn key(&self, layer: LayerId, page: u64) -> PageKey {
+        PageKey { copy: self.record.copy, layer, page }
+    }
+
+    /// The device is closed: what memory knew of its writers is worth nothing now.
+    pub(super) fn close(&mut self) {
+        self.boot = None;
+        self.settled = None;
+        for layer in self.layers.values_mut() {
+            layer.pending.clear();
+            layer.unsynced.clear();
+        }
+        self.repairs.clear();
+    }
+}
+
+impl Volume {
+    /// Takes over what a device kept: the highest of each counts.
+    pub(super) fn merge_blob(&mut self, blob: &[u8]) {
+        // A blob that cannot be read is of a newer version or broken: then nothing of the volume is served from here,
+        // for there is no map; it is not forgotten either.
+        let Ok(blob) = read_blob(blob) else { return };
+        self.promised = self.promised.max(blob.promised);
+        let own = self.stored();
+        if let Some(map) = blob.map.filter(|map| map.generation > own && map.validate().is_ok()) {
+            self.map = Some(map);
+        }
+        self.promised = self.promised.max(self.stored());
+        for (session, (incarnation, handled)) in blob.sessions {
+            let known = self.sessions.entry(session).or_default();
+            known.incarnation = known.incarnation.max(incarnation);
+            known.handled = known.handled.max(handled);
+        }
+    }
+
+    /// What every device with a copy keeps.
+    pub(super) fn blob(&self) -> bytes::Bytes {
+        let listed = |id: &SessionId| self.map.as_ref().is_none_or(|map| map.session(*id).is_some());
+        let sessions = self.sessions.iter().filter(|(id, _)| listed(id));
+        let blob = VolumeBlob {
+            promised: self.promised,
+            map: self.map.clone(),
+            sessions: sessions.map(|(id, s)| (*id, (s.incarnation, s.handled))).collect(),
+        };
+        encode(&blob).into()
+    }
+
+    /// Generation of the stored map; 0 = none.
+    pub(super) fn stored(&self) -> Generation {
+        self.map.as_ref().map_or(Generation(0), |map| map.generation)
+    }
+
+    pub(super) fn add_copy(&mut self, record: CopyRecord, boot: BootId, device: DeviceId) {
+        let layers = record.layers.iter().map(|l| (l.layer, CopyLayer::new(l))).collect();
+        let copy = Copy {
+            record,
+            device,
+            boot: Some(boot),
+            layers,
+            settled: None,
+            filled_bytes: 0,
+            repairs: BTreeSet::new(),
+        };
+        self.copies.insert(copy.record.copy, copy);
+    }
+
+    pub(super) fn layer_mut(&mut self, page: &PageKey) -> Option<&mut CopyLayer> {
+        self.copies.get_mut(&page.copy)?.layers.get_mut(&page.layer)
+    }
+
+    /// The openings on which this volume has copies, each once.
+    pub(super) fn boots(&self) -> Vec<BootId> {
+        let boots: BTreeSet<_> = self.copies.values().filter_map(|copy| copy.boot).collect();
+        boots.into_iter().collect()
+    }
+
+    /// The copy that the map names for a group on this server.
+    pub(super) fn copy_in_group(&self, placement: u32, group: u32, server: crate::ids::ServerId) -> Option<&Copy> {
+        let member = self.map.as_ref()?.member_on(placement, group, server)?;
+        self.copies.get(&member.copy)
+    }
+}
+
+const _: fn(&VolumeBlob, &mut Vec<u8>) = <VolumeBlob as Wire>::put;
