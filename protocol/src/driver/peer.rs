@@ -1,0 +1,271 @@
+//! One storage server as the driver sees it: connection, handle, window, credit, read lease.
+//!
+//! ```text
+//! link    Down --Connect--> Connecting --Connected--> Up --Broken--> Down
+//! handle  Closed --Open sent--> Opening --Opened--> Open --link broken, or dead--> Closed
+//!                                  '--not now--> Waiting --newer map or push--> Closed
+//! ```
+//! Invariants: every `Open` has a higher number than all before (H1, R7); what is under way stays within the window of a
+//! handle; frames leave in the order in which they were queued.
+
+use super::LinkId;
+use super::credit::Credit;
+use super::op::OpId;
+use crate::ids::{Generation, Incarnation, OpenNumber, Seq, ServerId};
+use crate::limits::{READ_LEASE_MS, WINDOW_BYTES, WINDOW_REQUESTS};
+use crate::time::Millis;
+use crate::wire::{Class, HandleId, RequestBody, RequestFrame, RequestHeader, RequestId};
+use bytes::Bytes;
+use std::collections::{BTreeMap, VecDeque};
+
+/// The connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Link {
+    Connecting,
+    Up(LinkId),
+}
+
+/// The handle on the connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Handle {
+    Closed,
+    Opening(OpenKey),
+    /// The server will not open now: asked again under a newer map, or when it has pushed one.
+    Waiting,
+    Open(HandleId),
+}
+
+/// A read of one part.
+#[derive(Clone, Debug)]
+pub(super) struct ReadPart {
+    pub(super) op: OpId,
+    pub(super) attempt: u32,
+    /// Where in the volume.
+    pub(super) address: u64,
+    pub(super) length: u32,
+    /// Readers of the group that were asked, one bit each by their place in [`super::view::Route::readers`].
+    pub(super) tried: u16,
+    /// What a member with bad blocks has given (R12).
+    pub(super) partial: Option<Box<Partial>>,
+}
+
+/// Data with holes where no member asked so far had a good block.
+#[derive(Clone, Debug)]
+pub(super) struct Partial {
+    pub(super) data: Vec<u8>,
+    /// Blocks of the part that are still missing.
+    pub(super) missing: Vec<u32>,
+}
+
+/// Which `Open`: replies to an earlier one say nothing.
+pub(super) type OpenKey = (Incarnation, OpenNumber);
+
+/// What a frame is for.
+#[derive(Clone, Debug)]
+pub(super) enum What {
+    Open(OpenKey),
+    Ping,
+    Read(ReadPart),
+    /// Any other frame of an attempt.
+    Part {
+        op: OpId,
+        attempt: u32,
+    },
+}
+
+impl What {
+    /// The attempt that it belongs to.
+    pub(super) fn attempt(&self) -> Option<(OpId, u32)> {
+        match self {
+            Self::Read(part) => Some((part.op, part.attempt)),
+            Self::Part { op, attempt } => Some((*op, *attempt)),
+            Self::Open(_) | Self::Ping => None,
+        }
+    }
+}
+
+/// A frame that waits for the handle or the window.
+#[derive(Debug)]
+pub(super) struct Outgoing {
+    pub(super) what: What,
+    pub(super) body: RequestBody,
+    pub(super) payload: Bytes,
+    pub(super) seq: Seq,
+}
+
+/// A frame that was sent and is not answered.
+#[derive(Debug)]
+pub(super) struct Sent {
+    pub(super) what: What,
+    pub(super) at: Millis,
+    pub(super) generation: Generation,
+    pub(super) handle: HandleId,
+    pub(super) seq: Seq,
+    pub(super) bytes: u64,
+}
+
+/// What every header says at the moment of sending.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Stamp {
+    pub(super) now: Millis,
+    pub(super) generation: Generation,
+    pub(super) confirmed: Seq,
+}
+
+/// A storage server.
+#[derive(Debug)]
+pub(super) struct Peer {
+    pub(super) link: Link,
+    pub(super) handle: Handle,
+    pub(super) addresses: Vec<String>,
+    next_request: u64,
+    pub(super) under_way: BTreeMap<RequestId, Sent>,
+    under_way_bytes: u64,
+    pub(super) queue: VecDeque<Outgoing>,
+    /// It has answered this process's `Open` under the current map (H20).
+    pub(super) discovered: bool,
+    /// It is behind the driver's map: nothing is sent until it has caught up.
+    pub(super) behind: bool,
+    /// It has promised nothing above this generation at the time of sending (R5).
+    lease: (Generation, Millis),
+    /// A ping is queued or under way.
+    pub(super) pinging: bool,
+    /// What the last frame told it of `confirmed`.
+    pub(super) told_confirmed: Seq,
+    pub(super) credit: Credit,
+    /// Since when it owes an answer, or the connection is missing.
+    pub(super) owes_since: Option<Millis>,
+    /// The generation at which it was last reported for not serving.
+    pub(super) refused_at: Generation,
+    /// The generation at which it last refused a ping: it is not asked again before the next one.
+    pub(super) ping_refused_at: Generation,
+    /// The highest number of an `Open` sent to it in the present incarnation.
+    pub(super) opens: OpenNumber,
+    /// It has opened a handle for the present incarnation: no other process acts under that one (H20).
+    pub(super) vouched: bool,
+}
+
+impl Peer {
+    pub(super) fn new(addresses: Vec<String>, now: Millis) -> Self {
+        Self {
+            link: Link::Connecting,
+            handle: Handle::Closed,
+            addresses,
+            next_request: 0,
+            under_way: BTreeMap::new(),
+            under_way_bytes: 0,
+            queue: VecDeque::new(),
+            discovered: false,
+            behind: false,
+            lease: (Generation(0), Millis(0)),
+            pinging: false,
+            told_confirmed: Seq(0),
+            credit: Credit::default(),
+            owes_since: Some(now),
+            refused_at: Generation(0),
+            ping_refused_at: Generation(0),
+            opens: OpenNumber(0),
+            vouched: false,
+        }
+    }
+
+    /// Whether requests can be sent to it.
+    pub(super) fn is_open(&self) -> bool {
+        matches!(self.handle, Handle::Open(_)) && !self.behind
+    }
+
+    pub(super) fn up(&self) -> Option<LinkId> {
+        if let Link::Up(link) = self.link { Some(link) } else { None }
+    }
+
+    /// Whether a frame of this many bytes may leave now.
+    pub(super) fn may_send(&self, bytes: u64) -> bool {
+        self.is_open()
+            && self.under_way.len() < WINDOW_REQUESTS as usize
+            && (self.under_way_bytes + bytes <= WINDOW_BYTES || self.under_way_bytes == 0)
+    }
+
+    /// The frame to send, noted as under way.
+    pub(super) fn frame(&mut self, outgoing: Outgoing, stamp: Stamp) -> RequestFrame {
+        let Outgoing { what, body, payload, seq } = outgoing;
+        let handle = if let Handle::Open(handle) = self.handle { handle } else { HandleId(0) };
+        self.next_request += 1;
+        let request = RequestId(self.next_request);
+        let bytes = frame_bytes(&body);
+        let Stamp { now, generation, confirmed } = stamp;
+        if !matches!(what, What::Open(_)) {
+            self.told_confirmed = confirmed;
+        }
+        self.under_way.insert(request, Sent { what, at: now, generation, handle, seq, bytes });
+        self.under_way_bytes += bytes;
+        self.owes_since.get_or_insert(now);
+        let header = RequestHeader {
+            request,
+            handle,
+            class: Class::Foreground,
+            target: ServerId::NONE,
+            generation,
+            shared_generation: Generation(0),
+            seq,
+            confirmed,
+        };
+        RequestFrame { header, body, payload }
+    }
+
+    /// A request was answered. `None` = nobody asked.
+    pub(super) fn answered(&mut self, request: RequestId, now: Millis) -> Option<Sent> {
+        let sent = self.under_way.remove(&request)?;
+        self.under_way_bytes -= sent.bytes;
+        self.owes_since = if self.under_way.is_empty() && !self.behind { None } else { Some(now) };
+        Some(sent)
+    }
+
+    /// The connection is gone; what was under way will not be answered.
+    pub(super) fn lose(&mut self, now: Millis) -> BTreeMap<RequestId, Sent> {
+        self.link = Link::Connecting;
+        self.handle = Handle::Closed;
+        self.under_way_bytes = 0;
+        self.behind = false;
+        self.pinging = self.queue.iter().any(|queued| matches!(queued.what, What::Ping));
+        self.told_confirmed = Seq(0);
+        self.owes_since = Some(now);
+        std::mem::take(&mut self.under_way)
+    }
+
+    /// It is behind the driver's map; until it has caught up it makes no progress.
+    pub(super) fn fall_behind(&mut self, now: Millis) {
+        self.behind = true;
+        self.owes_since.get_or_insert(now);
+    }
+
+    /// It is not behind any longer.
+    pub(super) fn catch_up(&mut self) {
+        self.behind = false;
+        if self.under_way.is_empty() && matches!(self.link, Link::Up(_)) {
+            self.owes_since = None;
+        }
+    }
+
+    /// A request that was sent at `at` was served at this generation (R5).
+    pub(super) fn served(&mut self, generation: Generation, at: Millis) {
+        self.lease = self.lease.max((generation, at));
+    }
+
+    /// How long ago a request that it served at this generation was sent; `None` = never.
+    pub(super) fn served_ago(&self, generation: Generation, now: Millis) -> Option<u64> {
+        (self.lease.0 == generation).then(|| now.since(self.lease.1))
+    }
+
+    /// Whether its word holds for a read that is handed over now.
+    pub(super) fn leased(&self, generation: Generation, now: Millis) -> bool {
+        self.served_ago(generation, now).is_some_and(|ms| ms < READ_LEASE_MS)
+    }
+}
+
+/// Payload bytes of a request and its reply, as the window counts them.
+pub(super) fn frame_bytes(body: &RequestBody) -> u64 {
+    match body {
+        RequestBody::Read { place } | RequestBody::Write { place } => place.length.into(),
+        _ => 0,
+    }
+}
