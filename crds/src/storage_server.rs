@@ -6,6 +6,8 @@
 
 // KubeSchema repeats each struct inside a function, where its `pub` reaches nobody.
 #![allow(unreachable_pub)]
+// Printer columns repeat types and priorities, which clippy takes for mistakes.
+#![allow(clippy::duplicated_attributes)]
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::{CustomResource, KubeSchema};

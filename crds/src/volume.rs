@@ -8,6 +8,8 @@
 
 // KubeSchema repeats each struct inside a function, where its `pub` reaches nobody.
 #![allow(unreachable_pub)]
+// Printer columns repeat types and priorities, which clippy takes for mistakes.
+#![allow(clippy::duplicated_attributes)]
 
 pub mod map;
 pub mod progress;
