@@ -16,6 +16,9 @@
 //! | `pull`, `fill`, `settle` | pages from peers |
 //! | `volume` | what is known of a volume, and what of it is durable |
 
+// A refusal is a reply that is moved once, off the hot path; boxing it would only hide that it is a value.
+#![allow(clippy::result_large_err, clippy::large_enum_variant)]
+
 use crate::ids::{BootId, ClusterId, CopyId, DeviceId, ServerId, VolumeId};
 use crate::layer::{PageKey};
 use crate::time::Millis;

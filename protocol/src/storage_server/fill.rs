@@ -4,12 +4,12 @@
 //! holes are left alone, so a client's write wins in whatever order the two arrive. A settle makes a page as the
 //! authoritative copy's (R1), the one movement of data that is no fill. A repair writes only over stale blocks.
 
+use super::StorageServer;
 use super::compare::Needs;
 use super::handles::ReplyTo;
 use super::medium::{MediumOp, PageRecord};
 use super::page_ops::{Exec, ExecId, Work};
 use super::requests::Located;
-use super::StorageServer;
 use crate::ids::{BootId, Generation, Incarnation, LayerId, Seq, SessionId, VolumeId};
 use crate::layer::{BLOCK_BYTES, BlockState, BlockStates};
 use crate::wire::{Place, ReplyBody};
@@ -69,11 +69,8 @@ impl ServePage {
             self.blocks.set(*block, BlockState::Stale);
         }
         let one_part = self.bad.is_empty() && self.parts.len() == 1;
-        let payload = if one_part {
-            self.parts.pop_first().map(|(_, data)| data).unwrap_or_default()
-        } else {
-            self.assemble()
-        };
+        let payload =
+            if one_part { self.parts.pop_first().map(|(_, data)| data).unwrap_or_default() } else { self.assemble() };
         let body = ReplyBody::Page {
             blocks: self.blocks,
             pending: self.pending,

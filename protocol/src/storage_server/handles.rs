@@ -7,9 +7,7 @@
 use super::contract::{ConnId, Output, Violation};
 use super::{Owner, StorageServer};
 use crate::ids::{BootId, Generation, Incarnation, OpenNumber, SessionId, VolumeId};
-use crate::limits::{
-    CREDIT_PAGES, MAX_FRAME_BYTES, MAX_HANDLES, SPACE_RESERVE_DIVISOR, WINDOW_BYTES, WINDOW_REQUESTS,
-};
+use crate::limits::{CREDIT_PAGES, MAX_FRAME_BYTES, MAX_HANDLES, SPACE_RESERVE_DIVISOR, WINDOW_BYTES, WINDOW_REQUESTS};
 use crate::wire::{
     Class, HandleId, Opener, ReplyBody, ReplyFrame, ReplyHeader, RequestBody, RequestHeader, RequestId, WIRE_VERSION,
 };
@@ -245,9 +243,11 @@ impl StorageServer {
         let map = known.map.clone();
         let (incarnation, handled) = match self.handles[&id].opener {
             Opener::Peer { .. } => (Incarnation(0), Generation(0)),
-            Opener::Session { session } => {
-                self.known(open.volume).sessions.get(&session).map_or_else(Default::default, |s| (s.incarnation, s.handled))
-            }
+            Opener::Session { session } => self
+                .known(open.volume)
+                .sessions
+                .get(&session)
+                .map_or_else(Default::default, |s| (s.incarnation, s.handled)),
         };
         let body = ReplyBody::Opened { handle: id, incarnation, handled, map };
         let header = RequestHeader { handle: id, ..open.header };
@@ -255,7 +255,14 @@ impl StorageServer {
     }
 
     /// The driver has written again what a loss took (R2): durable before it is answered.
-    pub(super) fn handled(&mut self, conn: ConnId, header: RequestHeader, volume: VolumeId, session: SessionId, loss: Generation) {
+    pub(super) fn handled(
+        &mut self,
+        conn: ConnId,
+        header: RequestHeader,
+        volume: VolumeId,
+        session: SessionId,
+        loss: Generation,
+    ) {
         let heard = self.known(volume).sessions.entry(session).or_default();
         heard.handled = heard.handled.max(loss);
         let commits = self.persist(volume, Owner::Open(volume));
@@ -299,7 +306,8 @@ impl StorageServer {
     /// Pages that can still be promised to somebody, on the device of this volume with least room.
     fn room_pages(&self, volume: VolumeId) -> u64 {
         let Some(known) = self.volumes.get(&volume) else { return 0 };
-        let page_bytes = |v: &super::Volume| v.copies.values().flat_map(|c| c.layers.values()).map(|l| l.page_bytes).max();
+        let page_bytes =
+            |v: &super::Volume| v.copies.values().flat_map(|c| c.layers.values()).map(|l| l.page_bytes).max();
         let promised: u64 = self
             .handles
             .values()
@@ -341,7 +349,8 @@ impl StorageServer {
         let live = self.handles.iter().filter(|(id, h)| h.volume == volume && !h.dead && !opening.contains(id));
         let to: Vec<_> = live.flat_map(|(id, h)| h.conns.iter().map(|conn| (*conn, *id))).collect();
         for (conn, handle) in to {
-            let header = RequestHeader { request: RequestId(0), handle, class: Class::Foreground, ..Default::default() };
+            let header =
+                RequestHeader { request: RequestId(0), handle, class: Class::Foreground, ..Default::default() };
             self.answer(conn, &header, BootId::NONE, ReplyBody::Map { map: map.clone() }, Bytes::new());
         }
     }

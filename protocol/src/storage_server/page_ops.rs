@@ -45,11 +45,26 @@ enum Stage {
 /// What is to be done.
 #[derive(Debug)]
 pub(super) enum Work {
-    Read { to: ReplyTo, data: ReadData, bad: Vec<u32> },
-    Write { to: ReplyTo, data: Bytes },
-    Discard { to: ReplyTo },
-    Flush { to: ReplyTo, boots: Vec<BootId> },
-    Reserve { to: ReplyTo, pages: Vec<(BootId, PageKey)> },
+    Read {
+        to: ReplyTo,
+        data: ReadData,
+        bad: Vec<u32>,
+    },
+    Write {
+        to: ReplyTo,
+        data: Bytes,
+    },
+    Discard {
+        to: ReplyTo,
+    },
+    Flush {
+        to: ReplyTo,
+        boots: Vec<BootId>,
+    },
+    Reserve {
+        to: ReplyTo,
+        pages: Vec<(BootId, PageKey)>,
+    },
     /// The source of a fill or settle.
     Serve(ServePage),
     /// A page from a peer.
@@ -100,13 +115,7 @@ impl Work {
 }
 
 impl Exec {
-    pub(super) fn new(
-        volume: VolumeId,
-        boot: BootId,
-        page: PageKey,
-        blocks: Range<u32>,
-        work: Work,
-    ) -> Self {
+    pub(super) fn new(volume: VolumeId, boot: BootId, page: PageKey, blocks: Range<u32>, work: Work) -> Self {
         let stage = Stage::Queued;
         Self { volume, boot, page, blocks, work, stage, outstanding: 0, no_space: false }
     }
@@ -485,7 +494,9 @@ impl StorageServer {
     /// R3: the device is gone; whatever was asked is answered `NotServing`, never success.
     pub(super) fn abandon(&mut self, id: ExecId) {
         let Some(exec) = self.execs.remove(&id) else { return };
-        self.ops.retain(|_, (_, owner)| !matches!(owner, Owner::Exec(e, _) | Owner::Flush(e) | Owner::ExecNext(e) if *e == id));
+        self.ops.retain(
+            |_, (_, owner)| !matches!(owner, Owner::Exec(e, _) | Owner::Flush(e) | Owner::ExecNext(e) if *e == id),
+        );
         if let Some(to) = exec.work.reply_to() {
             self.release(to, BootId::NONE, ReplyBody::NotServing, Bytes::new());
         }

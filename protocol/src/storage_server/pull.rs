@@ -18,7 +18,9 @@ use crate::control::SettleName;
 use crate::ids::{CopyId, Generation, Incarnation, LayerId, OpenNumber, ServerId, VolumeId};
 use crate::layer::{BLOCK_BYTES, PageKey};
 use crate::map::{Group, Member, MemberState, VolumeMap};
-use crate::wire::{Class, HandleId, Opener, ReplyBody, ReplyFrame, RequestBody, RequestFrame, RequestHeader, RequestId, Start};
+use crate::wire::{
+    Class, HandleId, Opener, ReplyBody, ReplyFrame, RequestBody, RequestFrame, RequestHeader, RequestId, Start,
+};
 use bytes::Bytes;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -119,7 +121,8 @@ impl StorageServer {
             let Some(member) = group.members.iter().find(|m| m.server == self.config.server) else { continue };
             let open = known.copies.get(&member.copy).and_then(|c| c.boot);
             if open == Some(member.boot) && !self.pulls.contains_key(&member.copy) {
-                wanted.extend(self.wanted_pull(volume, map, group, group_number, member).map(|pull| (member.copy, pull)));
+                wanted
+                    .extend(self.wanted_pull(volume, map, group, group_number, member).map(|pull| (member.copy, pull)));
             }
         }
         for (copy, pull) in wanted {
@@ -403,7 +406,15 @@ impl StorageServer {
         self.finished_one(volume);
     }
 
-    fn pages_durable(&mut self, volume: VolumeId, copy: CopyId, layer: LayerId, pages: &[u64], cursor: u64, kind: Kind) {
+    fn pages_durable(
+        &mut self,
+        volume: VolumeId,
+        copy: CopyId,
+        layer: LayerId,
+        pages: &[u64],
+        cursor: u64,
+        kind: Kind,
+    ) {
         let Some(held) = self.known(volume).copies.get_mut(&copy) else { return };
         for page in pages {
             held.repairs.remove(&(layer, *page));

@@ -1,9 +1,9 @@
 //! What a server says of itself: heartbeats, the answer to a fence, the inventory.
 
+use super::Owner;
 use super::StorageServer;
 use super::medium::{MediumOp, Record};
 use super::volume::{Copy, Volume};
-use super::Owner;
 use crate::control::{
     Alive, ControlReply, CopyInventory, CopyProgress, CopyReport, DeviceReport, Promised, SettleName, VolumeReport,
 };

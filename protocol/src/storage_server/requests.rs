@@ -43,7 +43,8 @@ impl StorageServer {
         let volume = handle.volume;
         if matches!(body, RequestBody::GetMap) {
             let known = &self.volumes[&volume];
-            let reply = known.map.clone().map_or(ReplyBody::Behind { own: Generation(0) }, |map| ReplyBody::Map { map });
+            let reply =
+                known.map.clone().map_or(ReplyBody::Behind { own: Generation(0) }, |map| ReplyBody::Map { map });
             return self.answer(conn, &header, BootId::NONE, reply, Bytes::new());
         }
         if let Err(reply) = self.compare_request(volume, &header, &body) {
@@ -67,13 +68,15 @@ impl StorageServer {
             let layer = map.layers.iter().find(|l| l.id == place.layer)?;
             let geometry = map.geometry(layer);
             let start = geometry.address_of(place.group, place.page, place.offset);
-            let last = geometry.address_of(place.group, place.page, place.offset.saturating_add(place.length).max(1) - 1);
+            let last =
+                geometry.address_of(place.group, place.page, place.offset.saturating_add(place.length).max(1) - 1);
             Some((start, last + 1 - start))
         });
         compare(&Facts {
             map,
             promised: known.promised,
-            superseded: handle.dead || (matches!(handle.opener, Opener::Session { .. }) && handle.incarnation < highest),
+            superseded: handle.dead
+                || (matches!(handle.opener, Opener::Session { .. }) && handle.incarnation < highest),
             highest,
             opener: handle.opener,
             generation: header.generation,
@@ -92,7 +95,12 @@ impl StorageServer {
         match reply {
             ReplyBody::Behind { .. } => self.note_behind(volume, header.generation),
             ReplyBody::Stale { wait_for } => {
-                self.out.push(Output::StaleSeen(StaleSeen { volume, session, had: header.generation, need: *wait_for }));
+                self.out.push(Output::StaleSeen(StaleSeen {
+                    volume,
+                    session,
+                    had: header.generation,
+                    need: *wait_for,
+                }));
             }
             ReplyBody::Ended => {
                 self.out.push(Output::StaleSeen(StaleSeen { volume, session, had: header.generation, need: own }));
@@ -101,7 +109,14 @@ impl StorageServer {
         }
     }
 
-    fn session_request(&mut self, to: ReplyTo, volume: VolumeId, session: SessionId, body: RequestBody, payload: Bytes) {
+    fn session_request(
+        &mut self,
+        to: ReplyTo,
+        volume: VolumeId,
+        session: SessionId,
+        body: RequestBody,
+        payload: Bytes,
+    ) {
         let map = self.volumes[&volume].map.as_ref().expect("compared");
         let mode = map.session(session).expect("compared").mode;
         if mode == AccessMode::ReadOnly && body.changes_blocks() {
@@ -109,11 +124,15 @@ impl StorageServer {
         }
         self.note_confirmed(volume, session, to.header.handle, to.header.confirmed);
         match body {
-            RequestBody::Read { place } => self.begin_place(to, volume, place, Needs::Active, |blocks| Work::read(to, blocks)),
+            RequestBody::Read { place } => {
+                self.begin_place(to, volume, place, Needs::Active, |blocks| Work::read(to, blocks))
+            }
             RequestBody::Write { place } => {
                 self.begin_place(to, volume, place, Needs::Writer, |_| Work::Write { to, data: payload });
             }
-            RequestBody::Discard { place } => self.begin_place(to, volume, place, Needs::Writer, |_| Work::Discard { to }),
+            RequestBody::Discard { place } => {
+                self.begin_place(to, volume, place, Needs::Writer, |_| Work::Discard { to })
+            }
             RequestBody::Flush => self.flush(to, volume),
             RequestBody::Reserve { pages } => self.reserve(to, volume, &pages),
             RequestBody::Ping => self.all_serve(to, volume, Needs::Active),
@@ -143,17 +162,24 @@ impl StorageServer {
     }
 
     /// Finds the copy that the map names for a place, with its open device (row 6 of the comparator).
-    pub(super) fn locate(&self, volume: VolumeId, place: &Place, needs: Needs) -> Result<(BootId, PageKey, u32), Located> {
+    pub(super) fn locate(
+        &self,
+        volume: VolumeId,
+        place: &Place,
+        needs: Needs,
+    ) -> Result<(BootId, PageKey, u32), Located> {
         let known = &self.volumes[&volume];
         let map = known.map.as_ref().expect("compared");
         let layer = map.layers.iter().find(|l| l.id == place.layer).ok_or(Located::Reply(ReplyBody::NoCopy))?;
         let geometry = map.geometry(layer);
-        if place.group >= geometry.groups || place.page >= geometry.pages(place.group) || !place.fits(layer.page_bytes) {
+        if place.group >= geometry.groups || place.page >= geometry.pages(place.group) || !place.fits(layer.page_bytes)
+        {
             return Err(Located::Nonsense);
         }
         let copy = known.copy_in_group(layer.placement, place.group, self.config.server);
         let copy = copy.filter(|c| c.layers.contains_key(&layer.id)).ok_or(Located::Reply(ReplyBody::NoCopy))?;
-        member_serves(map, layer.placement, place.group, self.config.server, copy.boot, needs).map_err(Located::Reply)?;
+        member_serves(map, layer.placement, place.group, self.config.server, copy.boot, needs)
+            .map_err(Located::Reply)?;
         if needs == Needs::Writer && layer.sealed.is_some() {
             return Err(Located::Reply(ReplyBody::NotServing));
         }
@@ -239,7 +265,9 @@ impl StorageServer {
             let place = Place { layer, group, page, offset: 0, length: BLOCK_BYTES };
             match self.locate(volume, &place, Needs::Writer) {
                 Err(Located::Nonsense) => return self.violation(to.conn, Violation::Place),
-                Err(Located::Reply(reply)) => return self.answer(to.conn, &to.header, BootId::NONE, reply, Bytes::new()),
+                Err(Located::Reply(reply)) => {
+                    return self.answer(to.conn, &to.header, BootId::NONE, reply, Bytes::new());
+                }
                 Ok((boot, key, page_bytes)) => {
                     wanted.entry(boot).or_default().push(key);
                     *bytes.entry(boot).or_default() += u64::from(page_bytes);

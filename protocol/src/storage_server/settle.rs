@@ -4,11 +4,11 @@
 //! the authoritative copy's; a `Syncing` one marks it unsynced again (H7) and is filled. Which settle is done is known
 //! in memory only and named by (authoritative copy, its boot id, generation that began it) (M3).
 
+use super::StorageServer;
 use super::compare::Needs;
 use super::handles::ReplyTo;
 use super::page_ops::{Exec, Work};
 use super::requests::Located;
-use super::StorageServer;
 use crate::ids::{BootId, CopyId, LayerId, VolumeId};
 use crate::layer::{BLOCK_BYTES, PageKey};
 use crate::wire::{Place, ReplyBody};

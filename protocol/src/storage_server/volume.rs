@@ -9,7 +9,7 @@ use super::pending::Pending;
 use super::reconfigure::Change;
 use crate::codec::{DecodeError, Wire, decode, encode, wire_struct};
 use crate::control::SettleName;
-use crate::ids::{BootId, DeviceId, CopyId, Generation, Incarnation, LayerId, OpenNumber, Seq, SessionId};
+use crate::ids::{BootId, CopyId, DeviceId, Generation, Incarnation, LayerId, OpenNumber, Seq, SessionId};
 use crate::layer::PageKey;
 use crate::map::VolumeMap;
 use std::collections::{BTreeMap, BTreeSet};
@@ -150,15 +150,8 @@ impl Volume {
 
     pub(super) fn add_copy(&mut self, record: CopyRecord, boot: BootId, device: DeviceId) {
         let layers = record.layers.iter().map(|l| (l.layer, CopyLayer::new(l))).collect();
-        let copy = Copy {
-            record,
-            device,
-            boot: Some(boot),
-            layers,
-            settled: None,
-            filled_bytes: 0,
-            repairs: BTreeSet::new(),
-        };
+        let copy =
+            Copy { record, device, boot: Some(boot), layers, settled: None, filled_bytes: 0, repairs: BTreeSet::new() };
         self.copies.insert(copy.record.copy, copy);
     }
 

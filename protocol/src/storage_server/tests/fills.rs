@@ -1,0 +1,153 @@
+//! Fills, settles and repairs between whole servers.
+
+use super::*;
+
+fn member(map: &mut VolumeMap, n: usize) -> &mut Member {
+    &mut map.placements[0].groups[0].members[n]
+}
+
+fn bytes_of(net: &Net, n: usize, page: u64) -> Option<Vec<u8>> {
+    let key = PageKey { copy: CopyId(100 + n as u128), layer: LAYER, page };
+    let (record, bytes) = net.servers[n].medium.pages.get(&key)?;
+    let seen = record.blocks.iter().flat_map(|(b, state)| {
+        let data = &bytes[b as usize * 4096..][..4096];
+        if state == BlockState::Present { data.to_vec() } else { vec![0; 4096] }
+    });
+    Some(seen.collect())
+}
+
+/// Server 1 is away while pages 0 and 9 are written, then rejoins as `Syncing` at generation 4.
+fn rejoining() -> (Net, HandleId) {
+    let mut net = Net::started(2);
+    let handle = net.open(1, 1, 1);
+    net.ask(1, handle, 1, write_at(3, 0), block(0xee));
+    net.restart(1);
+    net.fence(0, 2, vec![]);
+    let failed = net.map_with_boots(2, |map| member(map, 1).state = MemberState::Failed);
+    net.control(0, ControlRequest::Serve { map: failed });
+    let handle = net.open(0, 2, 1);
+    for page in [0, 9] {
+        net.ask(0, handle, 2, write_at(page, 8192), block(page as u8 + 1));
+    }
+    net.fence(0, 4, vec![]);
+    let promised = net.fence(1, 4, vec![CopyId(101)]);
+    assert_eq!(promised.copies[0].unsynced, 16, "H7: every page, before the fence is answered");
+    net.cut = true;
+    net.serve(net.map_with_boots(4, |map| member(map, 1).state = MemberState::Syncing));
+    (net, handle)
+}
+
+#[test]
+fn a_full_fill_brings_what_was_missed_and_takes_what_the_source_does_not_have() {
+    let (mut net, _) = rejoining();
+    net.cut = false;
+    net.restart_pulls();
+    let report = net.fence(1, 5, vec![]);
+    assert_eq!(report.copies[0].unsynced, 0, "I7");
+    for page in [0, 9] {
+        assert_eq!(bytes_of(&net, 1, page), bytes_of(&net, 0, page), "page {page}");
+    }
+    assert_eq!(bytes_of(&net, 1, 3), Some(vec![0; 65536]), "a write that only the returning member had is gone");
+}
+
+#[test]
+fn a_clients_write_wins_over_a_fill_in_whatever_order_they_come() {
+    let (mut net, first) = rejoining();
+    let second = net.open(1, 4, 1);
+    for (n, handle) in [(0, first), (1, second)] {
+        net.ask(n, handle, 4, write_at(9, 8192), block(0x77));
+    }
+    net.cut = false;
+    net.restart_pulls();
+    assert_eq!(bytes_of(&net, 1, 9).unwrap()[8192], 0x77);
+    assert_eq!(bytes_of(&net, 1, 9), bytes_of(&net, 0, 9));
+}
+
+#[test]
+fn a_fill_that_was_under_way_at_a_promise_is_dropped() {
+    let (mut net, _) = rejoining();
+    net.cut = false;
+    net.servers[1].medium.hold = true;
+    net.restart_pulls();
+    let call = net.control_later(
+        1,
+        ControlRequest::Fence(Fence { volume: VOLUME, generation: Generation(5), flush: false, unsync: vec![] }),
+    );
+    net.run();
+    net.servers[1].medium.hold = false;
+    net.run();
+    let ControlReply::Promised(promised) = &net.answers[&call] else { panic!("promised") };
+    assert_eq!(promised.copies[0].unsynced, 16, "H6");
+}
+
+#[test]
+fn what_is_pending_at_the_source_is_pending_at_the_filled_copy() {
+    let (mut net, _) = rejoining();
+    net.cut = false;
+    net.restart_pulls();
+    assert_eq!(net.pending(1), 2, "H9: the two pages written and not confirmed");
+}
+
+#[test]
+fn a_settle_makes_suspect_pages_equal_and_its_end_clears_them() {
+    let mut net = Net::started(2);
+    let first = net.open(0, 1, 1);
+    let second = net.open(1, 1, 1);
+    net.ask(0, first, 1, write_at(2, 0), block(1));
+    net.ask(1, second, 1, write_at(2, 4096), block(2));
+    net.ask(1, second, 1, write_at(5, 0), block(3));
+    for n in [0, 1] {
+        net.restart(n);
+    }
+    let begin = net.map_with_boots(3, |map| {
+        let source = *member(map, 0);
+        let settle = Settle::Running { authoritative: source.copy, boot: source.boot, begun: Generation(3) };
+        map.placements[0].groups[0].settle = settle;
+        map.sessions[0].standing = Standing::Held;
+    });
+    net.serve(begin);
+    let reports: Vec<_> = (0..2).map(|n| net.fence(n, 4, vec![]).copies[0].clone()).collect();
+    assert!(reports.iter().all(|r| r.to_settle == 0 && r.settled_for.is_some()), "{reports:?}");
+    assert!(reports.iter().all(|r| r.pending_before_start > 0), "M1: nothing is cleared before the map that says over");
+    for page in [2, 5] {
+        let zero = || vec![0; 65536];
+        assert_eq!(bytes_of(&net, 1, page), bytes_of(&net, 0, page).or_else(|| Some(zero())), "page {page}");
+    }
+    net.serve(net.map_with_boots(4, |map| map.placements[0].groups[0].settle = Settle::Over));
+    assert_eq!((net.pending(0), net.pending(1)), (0, 0));
+}
+
+#[test]
+fn a_settle_of_another_name_is_not_counted() {
+    let mut net = Net::started(2);
+    let settle = |source: Member, begun| Settle::Running {
+        authoritative: source.copy,
+        boot: source.boot,
+        begun: Generation(begun),
+    };
+    net.serve(net.map_with_boots(3, |map| {
+        let source = *member(map, 0);
+        map.placements[0].groups[0].settle = settle(source, 3);
+    }));
+    net.cut = true;
+    net.serve(net.map_with_boots(4, |map| {
+        let source = *member(map, 0);
+        map.placements[0].groups[0].settle = settle(source, 4);
+    }));
+    let report = net.fence(1, 5, vec![]).copies[0].clone();
+    assert_ne!(report.to_settle, 0, "M3: what was settled for generation 3 says nothing of the settle begun at 4");
+}
+
+#[test]
+fn a_rotted_block_is_answered_as_bad_and_repaired_from_the_next_member() {
+    let mut net = Net::started(2);
+    let handles = [net.open(0, 1, 1), net.open(1, 1, 1)];
+    for (n, handle) in handles.into_iter().enumerate() {
+        net.ask(n, handle, 1, write_at(0, 0), block(5));
+    }
+    let key = PageKey { copy: CopyId(100), layer: LAYER, page: 0 };
+    net.servers[0].medium.rotten.push((key, 0));
+    let reply = net.ask(0, handles[0], 1, read_at(0), Bytes::new());
+    assert_eq!(reply.body, ReplyBody::BadBlock { blocks: vec![0] }, "R12");
+    assert_eq!(net.ask(0, handles[0], 1, read_at(0), Bytes::new()).payload, block(5), "repaired");
+}
