@@ -1,0 +1,35 @@
+# Every target is plain lines that also work typed by hand. `make help` lists them.
+SHELL := /bin/bash
+.PHONY: help setup test quick unit simulate cluster-tools fmt fuzz golden clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
+
+setup: ## install what builds and tests need from Debian's packages (root; idempotent)
+	./e2e/setup.sh
+
+test: setup ## everything: style, lints, unit tests, simulator, processes, a real Kubernetes; the skipped are named and counted
+	./e2e/test.sh
+
+quick: ## format, lints and tidy checks only (what fails first in CI)
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	cargo test -q -p lamina-e2e --test tidy
+
+unit: ## unit and process tests of the workspace
+	cargo test --workspace
+
+simulate: ## five minutes of fresh seeds in the deterministic simulator (SECONDS_TO_RUN=300)
+	cargo run --release -p lamina-e2e --bin simulate -- --seconds $${SECONDS_TO_RUN:-300}
+
+cluster-tools: ## build etcd, Kubernetes, containerd, runc and the CSI sidecars from Go modules, once (about 10 minutes)
+	./e2e/cluster/build-tools.sh
+
+fmt: ## format the tree
+	cargo fmt --all
+
+golden: ## write the golden files anew (CRD manifests)
+	UPDATE_GOLDEN=1 cargo test -q -p lamina-crds
+
+clean: ## remove build output
+	cargo clean
