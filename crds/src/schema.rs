@@ -7,6 +7,14 @@ use serde_json::{Value, json};
 /// The largest number of a field that has no smaller bound: 2^53 - 1, which every reader of JSON keeps exactly.
 pub const MOST: i64 = (1 << 53) - 1;
 
+/// Items of a list of addresses.
+pub fn host_port() -> Value {
+    json!({
+        "type": "string", "minLength": 1, "maxLength": 262,
+        "description": "host:port; an IPv6 address stands in brackets.",
+    })
+}
+
 /// A CEL rule with the message that is shown when it does not hold.
 pub fn rule(rule: &str, message: &str) -> Value {
     json!({"rule": rule, "message": message})

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::condition::Condition;
 use crate::id::Id;
-use crate::schema::{MOST, growing_size_between, rule};
+use crate::schema::{MOST, growing_size_between, host_port, rule};
 use crate::size::Size;
 
 /// What people let this server use. Made empty by the storage node itself: no disk is touched before a person, or the
@@ -190,11 +190,11 @@ pub enum ServerState {
 pub struct ServerAddresses {
     /// host:port of its block listener, tried in order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 8), inner(length(min = 1, max = 262)), extend("x-kubernetes-list-type" = "atomic"))]
+    #[schemars(length(max = 8), extend("x-kubernetes-list-type" = "atomic", "items" = host_port()))]
     pub data: Vec<String>,
     /// host:port of its control service, tried in order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 8), inner(length(min = 1, max = 262)), extend("x-kubernetes-list-type" = "atomic"))]
+    #[schemars(length(max = 8), extend("x-kubernetes-list-type" = "atomic", "items" = host_port()))]
     pub control: Vec<String>,
 }
 
@@ -275,9 +275,9 @@ pub struct CopyCount {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Orphan {
-    /// The copy.
+    /// Id of the copy.
     pub copy: Id,
-    /// The volume that it says it belongs to.
+    /// Id of the volume that it says it belongs to.
     pub volume: Id,
     /// Generation of the map stored beside it.
     #[schemars(range(min = 0, max = MOST))]
@@ -290,7 +290,7 @@ pub struct Orphan {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Veto {
-    /// The copy.
+    /// Id of the copy.
     pub copy: Id,
     /// Name of its Volume.
     #[schemars(length(min = 1, max = 253))]

@@ -124,7 +124,7 @@ pub enum AccessMode {
 pub struct VolumeSource {
     /// What kind of object.
     pub kind: SourceKind,
-    /// Its name.
+    /// Name of that object.
     #[schemars(length(min = 1, max = 253))]
     pub name: String,
 }

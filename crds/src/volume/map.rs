@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::AttachMode;
 use crate::id::Id;
-use crate::schema::MOST;
+use crate::schema::{MOST, host_port};
 
 /// The whole configuration of a volume at one generation. Every storage server that holds a copy stores it too.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -56,7 +56,7 @@ pub struct MapServer {
     /// The server's id.
     pub id: Id,
     /// host:port of its block listener, tried in order.
-    #[schemars(length(max = 8), inner(length(min = 1, max = 262)), extend("x-kubernetes-list-type" = "atomic"))]
+    #[schemars(length(max = 8), extend("x-kubernetes-list-type" = "atomic", "items" = host_port()))]
     pub addresses: Vec<String>,
 }
 
@@ -233,7 +233,7 @@ pub struct ByteRange {
     /// First byte.
     #[schemars(range(min = 0, max = MOST))]
     pub start: i64,
-    /// Bytes.
+    /// How many bytes.
     #[schemars(range(min = 1, max = MOST))]
     pub length: i64,
 }
