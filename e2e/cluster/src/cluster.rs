@@ -117,7 +117,10 @@ impl Cluster {
         for id in layout.node_ids() {
             step(progress, &format!("node {id} (containerd, kubelet)"), || cluster.start_node(id, &images))?;
         }
-        step(progress, "nodes Ready", || Ok(control_plane::await_nodes(layout, tools, &BTreeMap::new())?))?;
+        step(progress, "nodes Ready", || {
+            control_plane::await_nodes(layout, tools, &BTreeMap::new())?;
+            Ok(control_plane::await_service_account(layout, tools)?)
+        })?;
         Ok(cluster)
     }
 
@@ -198,9 +201,14 @@ impl Cluster {
     /// containerd refuses the file.
     pub fn import_image(&self, tar: &Path) -> Result<(), ClusterError> {
         let tar = at(tar, tar.canonicalize())?;
-        for node in self.layout.node_ids().filter(|node| self.is_on(*node)) {
-            node::import_image(&self.layout, &self.tools, node, &tar)?;
-        }
+        let on = self.layout.node_ids().filter(|node| self.is_on(*node));
+        // Side by side: each node unpacks a copy of its own.
+        std::thread::scope(|scope| {
+            let (layout, tools, tar) = (&self.layout, &self.tools, &tar);
+            let imports: Vec<_> =
+                on.map(|node| scope.spawn(move || node::import_image(layout, tools, node, tar))).collect();
+            imports.into_iter().try_for_each(|import| import.join().expect("the import does not panic"))
+        })?;
         Ok(())
     }
 

@@ -77,6 +77,20 @@ pub fn await_nodes(layout: &Layout, tools: &Tools, stale: &BTreeMap<String, Stri
     })
 }
 
+/// Waits until pods can be made: the controller manager gives each namespace its service account.
+///
+/// # Errors
+/// There is none after 60 s.
+pub fn await_service_account(layout: &Layout, tools: &Tools) -> Result<(), ProcessError> {
+    let config = format!("--kubeconfig={}", layout.kubeconfig().display());
+    let kubectl = tools.path("kubectl");
+    let words = [kubectl.as_str(), &config, "get", "serviceaccount", "default"];
+    wait_until("the default service account", Duration::from_secs(60), || {
+        process::expect_alive(layout, Place::ControlPlane, DAEMONS[2])?;
+        Ok(run(&words).is_ok())
+    })
+}
+
 fn is_on(layout: &Layout, place: Place) -> bool {
     process::pid_of(layout, place, process::HOLDER).is_some()
 }

@@ -2,9 +2,10 @@
 //!
 //! Invariant: an error always names the program with its arguments, or the path, so that it can be repeated by hand.
 
+use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 /// What the machine refused.
@@ -78,11 +79,25 @@ pub fn run_with_input<S: AsRef<str>>(argv: &[S], input: &[u8]) -> Result<String,
         pipe.write_all(input).ok();
     }
     let output = child.wait_with_output().map_err(|source| HostError::Start { command: shown.clone(), source })?;
+    finish(shown, output)
+}
+
+/// As [`run`], with an open file as the program's standard input.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_with_file<S: AsRef<str>>(argv: &[S], input: File) -> Result<String, HostError> {
+    let shown = show(argv);
+    let output = Command::new(argv[0].as_ref()).args(argv[1..].iter().map(AsRef::as_ref)).stdin(input).output();
+    finish(shown.clone(), output.map_err(|source| HostError::Start { command: shown, source })?)
+}
+
+fn finish(command: String, output: Output) -> Result<String, HostError> {
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
     let stderr = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-    Err(HostError::Failed { command: shown, status: output.status, stderr })
+    Err(HostError::Failed { command, status: output.status, stderr })
 }
 
 /// Writes a file, making its folder.

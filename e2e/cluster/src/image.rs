@@ -205,7 +205,7 @@ impl Recipe {
 }
 
 /// Changes when the same recipe gives another tar.
-const FORMAT: &[u8] = b"lamina image 1";
+const FORMAT: &[u8] = b"lamina image 3";
 
 /// The sandbox image: sleeps.
 #[must_use]
@@ -238,13 +238,13 @@ pub fn postgres() -> Recipe {
         "usrmerge",
         "debconf",
         "ucf",
+        "debianutils",
     ];
     let path = "/usr/lib/postgresql/15/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-    installing()
-        .into_iter()
-        .fold(Recipe::new(POSTGRES), |recipe, package| recipe.without_debs([package]))
+    Recipe::new(POSTGRES)
+        .without_debs(installing())
         .with_busybox()
-        .with_debs(["postgresql-15"])
+        .with_debs(["postgresql-15", "dash"])
         .without_debs(not_needed)
         .with_user("postgres", 999)
         .with_folder("/var/run/postgresql", 0o2775, 999)
@@ -266,8 +266,10 @@ pub fn storage_tools() -> Recipe {
 pub fn storage_base(name: &str) -> Recipe {
     Recipe::new(name)
         .with_busybox()
-        .with_debs(["e2fsprogs", "xfsprogs", "util-linux", "mount"])
+        .with_debs(["e2fsprogs", "xfsprogs", "util-linux", "mount", "dash"])
         .without_debs(installing())
+        // xfs_scrub and what runs it need these; we do not run it.
+        .without_debs(["python3*", "libpython3*", "libicu*", "libsqlite3-*", "media-types"])
         .with_env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
         .with_entrypoint(["/bin/sh"])
 }

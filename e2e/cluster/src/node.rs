@@ -6,11 +6,12 @@
 //!
 //! Invariant: nothing of the machine's `/etc`, `/opt`, `/var`, `/run` is written by a node.
 
-use std::path::Path;
+use std::fs::File;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::cgroup;
-use crate::host::{HostError, at, quote, wait_until, write};
+use crate::host::{HostError, at, mounts_below, quote, run_with_file, wait_until, write};
 use crate::image::PAUSE;
 use crate::layout::{Layout, NodeId, Place, Tools};
 use crate::loops;
@@ -30,7 +31,7 @@ pub fn start_runtime(layout: &Layout, tools: &Tools, node: NodeId) -> Result<(),
     let place = Place::Node(node);
     cgroup::make(&layout.name_of(place))?;
     write_configuration(layout, tools, node)?;
-    process::start_holder(layout, tools, node, &prepare(layout, node))?;
+    process::start_holder(layout, tools, node, &prepare(layout, tools, node)?)?;
     let argv = vec![tools.path("containerd"), "--config".to_owned(), configuration(layout, node, "containerd.toml")];
     process::start(layout, tools, &Daemon { place, name: DAEMONS[0], argv })?;
     let ctr = tools.path("ctr");
@@ -70,18 +71,26 @@ pub fn zone(node: NodeId) -> String {
 /// # Errors
 /// The node is down or containerd refuses the file.
 pub fn import_image(layout: &Layout, tools: &Tools, node: NodeId, tar: &Path) -> Result<(), ProcessError> {
-    let (ctr, file) = (tools.path("ctr"), tar.display().to_string());
-    process::run_in_node(layout, node, &[&ctr, "-n", "k8s.io", "images", "import", "--local", &file]).map(drop)
+    // Through a pipe: the node may not see the folder where the file is.
+    let file = at(tar, File::open(tar))?;
+    let enter = process::node_namespaces(layout, node)?;
+    let ctr = tools.path("ctr");
+    let words = [ctr.as_str(), "-n", "k8s.io", "images", "import", "--local", "-"];
+    let argv: Vec<&str> = ["nsenter"].into_iter().chain(enter.iter().map(String::as_str)).chain(words).collect();
+    run_with_file(&argv, file)?;
+    Ok(())
 }
 
 /// A power cut: the network goes silent first, so that no dying process says good-bye; then everything is killed and the node's
-/// loop devices, which the kernel keeps machine-wide, are detached.
+/// loop devices, which the kernel keeps machine-wide, are detached. Its cgroups go too: a kubelet that finds those of dead pods
+/// looks for each pod for 3 s before it is Ready.
 ///
 /// # Errors
 /// The cable is not there, or a process cannot be ended.
 pub fn power_off(layout: &Layout, node: NodeId) -> Result<(), HostError> {
     network::cut(layout, &[node])?;
-    end_all(layout, node)
+    end_all(layout, node)?;
+    cgroup::remove(&layout.name_of(Place::Node(node)))
 }
 
 /// Kills all processes of the node and detaches its loop devices.
@@ -108,16 +117,29 @@ pub fn forget_boot(layout: &Layout, node: NodeId) -> Result<(), HostError> {
     Ok(())
 }
 
-/// What the holder does before it sleeps.
-fn prepare(layout: &Layout, node: NodeId) -> String {
+/// What the holder does before it sleeps: the machine's mounts that the node has no use for go first, as this copy of them would
+/// keep them busy; then the node gets its own folders.
+fn prepare(layout: &Layout, tools: &Tools, node: NodeId) -> Result<String, HostError> {
     let disk = layout.node_disk(node);
-    let folder = |name: &str| quote(&disk.join(name).display().to_string());
-    format!(
-        "mount --bind {} /var/lib\nmount --bind {} /var/log\nmount -t tmpfs -o mode=755 tmpfs /run\n\
-         mkdir -p /run/netns /run/lock /run/containerd\nmount --make-rshared /\nhostname {node}",
-        folder("lib"),
-        folder("log"),
-    )
+    let quoted = |path: &Path| quote(&path.display().to_string());
+    let programs = at(tools.dir(), tools.dir().canonicalize())?;
+    let mut script = String::new();
+    for point in foreign(&mounts_below(Path::new("/"))?, &[&layout.dir, &programs]) {
+        // Gone or hidden under another already is as well.
+        script += &format!("umount -l {} 2>/dev/null || true\n", quoted(&point));
+    }
+    script += &format!("mount --bind {} /var/lib\n", quoted(&disk.join("lib")));
+    script += &format!("mount --bind {} /var/log\n", quoted(&disk.join("log")));
+    script += "mount -t tmpfs -o mode=755 tmpfs /run\nmkdir -p /run/netns /run/lock /run/containerd\n";
+    Ok(script + &format!("mount --make-rshared /\nhostname {node}"))
+}
+
+/// The mount points (deepest first) that hold no part of the system and none of the `needed` folders.
+fn foreign(points: &[PathBuf], needed: &[&Path]) -> Vec<PathBuf> {
+    const NO_SYSTEM: [&str; 9] = ["/home", "/media", "/mnt", "/root", "/run", "/snap", "/srv", "/tmp", "/var"];
+    let no_system = |point: &Path| NO_SYSTEM.iter().any(|top| point.starts_with(top));
+    let holds = |point: &Path| needed.iter().any(|folder| folder.starts_with(point));
+    points.iter().filter(|point| no_system(point) && !holds(point)).cloned().collect()
 }
 
 fn configuration(layout: &Layout, node: NodeId, file: &str) -> String {
@@ -245,4 +267,18 @@ fn kubelet(layout: &Layout, node: NodeId) -> serde_json::Value {
         "nodeStatusUpdateFrequency": "4s",
         "registerNode": true,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_lets_go_of_others_mounts_but_not_of_what_it_needs() {
+        let points = ["/tmp/x/fuse", "/tmp", "/home", "/dev/shm", "/sys/fs/cgroup", "/", "/usr", "/run/user/0"];
+        let points = points.map(PathBuf::from);
+        let needed = [Path::new("/home/me/.cache/tools"), Path::new("/state/dir")];
+        let gone = foreign(&points, &needed);
+        assert_eq!(gone, ["/tmp/x/fuse", "/tmp", "/run/user/0"].map(PathBuf::from));
+    }
 }

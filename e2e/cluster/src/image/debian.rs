@@ -7,9 +7,11 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use sha2::{Digest, Sha256};
+
 use crate::host::{HostError, at, run, write};
 
-use super::ImageError;
+use super::{ImageError, hex};
 
 /// The package of the static busybox.
 pub(super) const BUSYBOX: &str = "busybox-static";
@@ -67,29 +69,39 @@ struct Planned {
     file: String,
 }
 
-/// What apt would install on an empty machine: lines `'URI' FILE SIZE HASH`.
+const LISTS: &str = "/var/lib/apt/lists";
+
+/// What apt would install on an empty machine. Asking takes seconds, so the answer is kept until apt learns something new.
 fn plan(cache: &Path, names: &[String]) -> Result<Vec<Planned>, HostError> {
+    let key = hex(&Sha256::digest(names.join(" ")));
+    let kept = cache.join(format!("plan-{}", &key[..16]));
+    let changed = |path: &Path| path.metadata().and_then(|meta| meta.modified()).ok();
+    let text = match (changed(&kept), changed(Path::new(LISTS))) {
+        (Some(kept_at), Some(lists_at)) if kept_at > lists_at => at(&kept, std::fs::read_to_string(&kept))?,
+        _ => {
+            let text = ask(cache, names).or_else(|_| {
+                // A fresh machine has no lists yet.
+                run(&["apt-get", "-qq", "update"])?;
+                ask(cache, names)
+            })?;
+            write(&kept, &text)?;
+            text
+        }
+    };
+    Ok(text.lines().filter_map(read_plan).collect())
+}
+
+/// Lines `'URI' FILE SIZE HASH`.
+fn ask(cache: &Path, names: &[String]) -> Result<String, HostError> {
     let status = format!("Dir::State::status={}", cache.join("none-installed").display());
     // An empty folder for archives: apt does not print what it has already.
     let empty = cache.join("empty");
     at(&empty, std::fs::create_dir_all(empty.join("partial")))?;
     let archives = format!("Dir::Cache::archives={}", empty.display());
-    let mut words = vec![
-        "apt-get",
-        "-qq",
-        "--print-uris",
-        "--yes",
-        "--no-install-recommends",
-        "-o",
-        &status,
-        "-o",
-        &archives,
-        "-o",
-        "Debug::NoLocking=true",
-        "install",
-    ];
+    let mut words = vec!["apt-get", "-qq", "--print-uris", "--yes", "--no-install-recommends"];
+    words.extend(["-o", &status, "-o", &archives, "-o", "Debug::NoLocking=true", "install"]);
     words.extend(names.iter().map(String::as_str));
-    Ok(run(&words)?.lines().filter_map(read_plan).collect())
+    run(&words)
 }
 
 fn read_plan(line: &str) -> Option<Planned> {

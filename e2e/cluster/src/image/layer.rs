@@ -103,6 +103,11 @@ fn link_busybox(root: &Path) -> Result<(), ImageError> {
     if !program.exists() {
         return Err(ImageError::NotInPackage { package: BUSYBOX, path: PathBuf::from("/bin/busybox") });
     }
+    // busybox's own shell takes its built-in tools before any in PATH, so a real shell goes first.
+    let (dash, shell) = (root.join("usr/bin/dash"), root.join("usr/bin/sh"));
+    if dash.exists() && shell.symlink_metadata().is_err() {
+        at(&shell, symlink("dash", &shell))?;
+    }
     let tools = run(&[&program.display().to_string(), "--list"])?;
     for tool in tools.lines().filter(|tool| *tool != "busybox") {
         let taken = ["usr/bin", "usr/sbin"].iter().any(|dir| root.join(dir).join(tool).symlink_metadata().is_ok());
@@ -116,9 +121,17 @@ fn link_busybox(root: &Path) -> Result<(), ImageError> {
 
 /// Leaves out what no program reads at run time.
 fn trim(root: &Path) -> Result<(), HostError> {
-    for folder in
-        ["usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/lintian", "usr/share/bug", "usr/share/info"]
-    {
+    for folder in [
+        "usr/share/doc",
+        "usr/share/man",
+        "usr/share/locale",
+        "usr/share/lintian",
+        "usr/share/bug",
+        "usr/share/info",
+        "usr/share/bash-completion",
+        "usr/lib/x86_64-linux-gnu/gconv",
+        "usr/lib/postgresql/15/lib/bitcode",
+    ] {
         let path = root.join(folder);
         if path.exists() {
             at(&path, std::fs::remove_dir_all(&path))?;
