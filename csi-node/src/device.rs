@@ -161,3 +161,12 @@ pub fn clear(volume: &str, directory: &Path, holder: Option<&HolderClient>) -> R
     }
     Ok(())
 }
+
+/// Let this thread allocate memory while the kernel waits for it to write memory back: every thread between a device
+/// and the network calls this once. Needs CAP_SYS_RESOURCE; without it a node short of memory can lock up on its own
+/// volumes.
+pub fn serve_memory_pressure() {
+    if let Err(error) = rustix::process::configure_io_flusher_behavior(true) {
+        tracing::debug!(%error, "no CAP_SYS_RESOURCE: a thread that serves a device cannot be marked as such");
+    }
+}

@@ -48,6 +48,22 @@ fn ext4_on_the_device_keeps_its_files_over_detach_and_attach() {
 }
 
 #[test]
+fn the_device_has_whole_blocks_direct_io_and_discards() {
+    let Some(scene) = Scene::new("queue", &[]) else { return };
+    let device = scene.attach(Arc::new(RamVolume::new(MIB))).unwrap();
+    let told = |name| scene::attribute(device.path(), name);
+    assert_eq!(device.kind(), DeviceKind::Fuse);
+    assert_eq!(scene::size_of(device.path()), MIB);
+    assert_eq!(told("queue/logical_block_size"), 4096);
+    assert_eq!((told("loop/dio"), told("ro")), (1, 0));
+    assert_eq!(told("queue/discard_granularity"), 4096);
+    assert!(told("queue/discard_max_bytes") > 0 && told("queue/write_zeroes_max_bytes") > 0);
+    device.detach().unwrap();
+    device.detach().unwrap();
+    scene.assert_nothing_left();
+}
+
+#[test]
 fn fio_verifies_what_it_wrote_at_depth() {
     let Some(scene) = Scene::new("fio", &["fio"]) else { return };
     let device = scene.attach(Arc::new(RamVolume::new(64 * MIB))).unwrap();

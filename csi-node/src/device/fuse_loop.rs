@@ -28,6 +28,7 @@ use std::thread::JoinHandle;
 mod abi;
 mod channel;
 mod replies;
+mod resident;
 mod serve;
 
 /// The type under which the mount is listed.
@@ -126,8 +127,8 @@ impl FuseLoop {
         let target = Arc::new(Aligned::new(spec.target));
         let replies = Replies::new(channel, target, spec.on_superseded);
         let readers = serve::start(&replies, &spec.volume)?;
-        let before = state.loop_number.map(LoopDevice::from_number).filter(|device| device.is_over(&spec.volume));
-        let loop_device = match before {
+        // The state may lag one step behind: ask the kernel what there is.
+        let loop_device = match loop_devices(&spec.volume)?.pop() {
             Some(device) => device,
             None => put_loop_device(&state.directory, &spec.volume, state.read_only)?,
         };

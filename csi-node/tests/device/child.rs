@@ -6,7 +6,7 @@
 use super::targets::FileVolume;
 use lamina_csi_node::device::{self, DeviceKind, DeviceSpec};
 use lamina_csi_node::holder::{Holder, HolderClient};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
@@ -112,19 +112,18 @@ impl Process {
         self.wait_for(|line| line == "done");
     }
 
-    fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_raw(self.child.id() as i32).unwrap(), signal).unwrap();
-    }
-
     /// SIGKILL, and wait until the process is no more.
     pub(crate) fn kill(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 
-    /// SIGSTOP.
+    /// SIGSTOP, and wait until no thread of it runs.
     pub(crate) fn stop(&self) {
-        self.signal(Signal::STOP);
+        let pid = Pid::from_raw(self.child.id() as i32).unwrap();
+        kill_process(pid, Signal::STOP).unwrap();
+        let (_, status) = waitpid(Some(pid), WaitOptions::UNTRACED).unwrap().unwrap();
+        assert!(status.stopped());
     }
 
     pub(crate) fn is_running(&mut self) -> bool {

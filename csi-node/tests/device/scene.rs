@@ -8,6 +8,8 @@ use rustix::mount::UnmountFlags;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::time::Duration;
 
 pub(crate) const MIB: u64 = 1 << 20;
 
@@ -22,7 +24,12 @@ pub(crate) fn missing(programs: &[&str]) -> Option<String> {
     devices.or_else(|| programs.iter().find(|program| !found(program)).copied()).map(str::to_owned)
 }
 
+/// A test that takes longer hangs: its device is then cut off, which turns waiting for ever into an I/O error.
+const PATIENCE: Duration = Duration::from_secs(90);
+
 pub(crate) struct Scene {
+    /// Dropped with the scene, which ends the watch.
+    _watch: Sender<()>,
     pub(crate) volume: String,
     /// Where the FUSE file is mounted.
     pub(crate) fuse: PathBuf,
@@ -39,7 +46,9 @@ impl Scene {
         let directory = tempfile::tempdir().unwrap();
         std::fs::File::create(directory.path().join("bytes")).unwrap().set_len(64 * MIB).unwrap();
         let volume = format!("test-{test}-{}", std::process::id());
-        Some(Self { volume, fuse: directory.path().join("fuse"), directory })
+        let fuse = directory.path().join("fuse");
+        let _watch = watch(volume.clone(), fuse.clone());
+        Some(Self { _watch, volume, fuse, directory })
     }
 
     pub(crate) fn spec(&self, target: Arc<dyn BlockTarget>) -> DeviceSpec {
@@ -90,6 +99,17 @@ impl Scene {
         let files = blocks.filter_map(|block| std::fs::read_to_string(block.join("loop/backing_file")).ok());
         files.filter(|file| file.contains(&self.volume)).collect()
     }
+}
+
+fn watch(volume: String, fuse: PathBuf) -> Sender<()> {
+    let (watch, ended) = channel::<()>();
+    std::thread::spawn(move || {
+        if ended.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
+            eprintln!("{volume}: hangs, cutting its device off");
+            let _ = device::clear(&volume, &fuse, None);
+        }
+    });
+    watch
 }
 
 impl Drop for Scene {
@@ -155,10 +175,16 @@ pub(crate) fn fio_arguments(device: &Path, block: &str, size: &str) -> Vec<Strin
     arguments
 }
 
-pub(crate) fn size_of(device: &Path) -> u64 {
+/// A number that the kernel tells of a block device.
+pub(crate) fn attribute(device: &Path, attribute: &str) -> u64 {
     let name = device.file_name().unwrap().to_str().unwrap();
-    let sectors = std::fs::read_to_string(format!("/sys/block/{name}/size")).unwrap();
-    sectors.trim().parse::<u64>().unwrap() * 512
+    let text = std::fs::read_to_string(format!("/sys/block/{name}/{attribute}")).unwrap();
+    text.trim().parse().unwrap()
+}
+
+/// In bytes.
+pub(crate) fn size_of(device: &Path) -> u64 {
+    attribute(device, "size") * 512
 }
 
 fn output(program: &str, arguments: &[impl AsRef<str>]) -> std::process::Output {

@@ -6,7 +6,8 @@
 use super::abi::{self, Ask, HEADER_BYTES, ROOT_NODE, Request, WRITE_HEADER_BYTES};
 use super::channel::{Channel, Received};
 use super::replies::{Answer, Replies};
-use crate::device::DeviceError;
+use super::resident::Resident;
+use crate::device::{self, DeviceError};
 use bytes::Bytes;
 use lamina_client::block::BlockOp;
 use rustix::io::Errno;
@@ -38,9 +39,10 @@ pub(super) fn greet(channel: &Channel) -> Result<bool, DeviceError> {
 pub(super) fn start(replies: &Arc<Replies>, volume: &str) -> Result<Vec<JoinHandle<()>>, DeviceError> {
     (0..READERS)
         .map(|_| {
+            let buffer = Resident::new(BUFFER_BYTES).map_err(DeviceError::at("get a buffer for /dev/fuse"))?;
             let reader = Reader { replies: replies.clone(), volume: volume.to_owned() };
             let thread = std::thread::Builder::new().name("fuse-reader".into());
-            thread.spawn(move || reader.run()).map_err(DeviceError::at_io("start a reader of /dev/fuse"))
+            thread.spawn(move || reader.run(buffer)).map_err(DeviceError::at_io("start a reader of /dev/fuse"))
         })
         .collect()
 }
@@ -52,8 +54,8 @@ struct Reader {
 }
 
 impl Reader {
-    fn run(&self) {
-        let mut buffer = vec![0; BUFFER_BYTES];
+    fn run(&self, mut buffer: Resident) {
+        device::serve_memory_pressure();
         while let Received::Frame(length) = self.replies.channel().receive(&mut buffer) {
             if self.replies.silenced() {
                 return;
