@@ -1,6 +1,6 @@
 //! What people are told: conditions, events and vetoes as typed values with a text in plain words.
 
-use crate::ids::{CopyId, ServerId, SessionId, VolumeId};
+use crate::ids::{CopyId, ServerId, VolumeId};
 
 /// What a condition speaks of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -155,13 +155,4 @@ pub enum VetoReason {
     NoRoomElsewhere,
     /// It moves: another copy is being filled.
     BeingMoved,
-}
-
-/// A session seen stale at a server, kept until it is told or over.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct StaleKey {
-    /// Of which volume.
-    pub(super) volume: VolumeId,
-    /// Which session.
-    pub(super) session: SessionId,
 }

@@ -136,6 +136,8 @@ pub enum Purpose {
     Recover,
     /// Retracted before any fence; only its number still stands.
     Void,
+    /// A person adopted a map (R6): servers may store committed maps up to this number, which are given up.
+    Adopted,
 }
 
 /// A copy made for a proposal.

@@ -1,0 +1,431 @@
+//! What a volume needs next, and whether it is worth starting (PROTOCOL.md §3 step 1; H24).
+//!
+//! The goal is put together from wishes and heartbeats, the fence's answers are guessed from heartbeats, and the plan is
+//! made with them. Only if it differs from the committed map is a change begun: nothing is fenced to find out. A wrong
+//! guess costs a pause, never safety; what is committed follows from the fence alone (H2).
+
+use super::heartbeat::Hint;
+use super::object::{NewCopy, Policy, Purpose};
+use super::placement::{self, Candidate, Need, Refusal};
+use super::plan::{Answer, Goal, Hold, differs, next_map};
+use super::reconfigure::serving;
+use super::volume::{Volume, World};
+use super::ServerHealth;
+use crate::control::{CopyReport, Promised, SettleName};
+use crate::ids::{BootId, CopyId, Generation, LayerId, ServerId};
+use crate::limits::{READ_LEASE_WAIT_MS, SILENT_MEMBER_MS};
+use crate::map::{Group, Member, MemberState, Settle, VolumeMap};
+use crate::time::Millis;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Stands for an opening that is not known.
+const OTHER_BOOT: BootId = BootId(u128::MAX);
+/// A server without room is asked again after this long, milliseconds.
+const FULL_MS: u64 = 60_000;
+
+/// A change that is worth starting.
+#[derive(Debug)]
+pub(super) struct Start {
+    pub(super) purpose: Purpose,
+    pub(super) goal: Goal,
+    pub(super) layer: LayerId,
+    pub(super) required: BTreeSet<ServerId>,
+    pub(super) optional: BTreeSet<ServerId>,
+}
+
+impl Volume {
+    /// Begins a change if one is needed and can be finished.
+    pub(super) fn start_change(&mut self, world: &mut World<'_>) {
+        if world.now < self.retry_at {
+            world.wake_at(self.retry_at);
+            return;
+        }
+        let start = if self.map().is_some() { self.next_start(world) } else { self.first_start(world) };
+        if let Some(start) = start {
+            self.intend(world, start);
+        }
+    }
+
+    fn first_start(&mut self, world: &mut World<'_>) -> Option<Start> {
+        if self.object.wishes.deleted || world.servers.by_id.values().any(|s| s.health == ServerHealth::Unknown) {
+            return None;
+        }
+        let wishes = &self.object.wishes;
+        let placed = placement::check(wishes.size, wishes.policy.as_ref()).and_then(|policy| {
+            let near = (wishes.near_node.as_str(), wishes.near_zone.as_str());
+            let size = placement::whole_blocks(wishes.size);
+            let need = Need { policy, size, near_node: near.0, near_zone: near.1 };
+            placement::place(need, &self.candidates(world))
+        });
+        let groups = match placed {
+            Ok(groups) => groups,
+            Err(refusal) => {
+                self.refusal = Some(refusal);
+                return None;
+            }
+        };
+        self.refusal = None;
+        let mut goal = self.base_goal(world);
+        for (g, servers) in groups.into_iter().enumerate() {
+            for server in servers {
+                let copy = CopyId((world.mint)());
+                goal.add.push(NewCopy { copy, server, placement: 0, group: g as u32, unsynced: false });
+            }
+        }
+        let required = goal.add.iter().map(|new| new.server).collect();
+        let layer = LayerId((world.mint)());
+        Some(Start { purpose: Purpose::Create, goal, layer, required, optional: BTreeSet::new() })
+    }
+
+    fn next_start(&mut self, world: &mut World<'_>) -> Option<Start> {
+        let map = self.object.status.map.clone()?;
+        let mut goal = self.base_goal(world);
+        let failing = self.must || self.is_failing(&map, world);
+        let purpose = if failing {
+            goal.flushed = map.multi_session && map.sessions.len() > 1;
+            if self.must { Purpose::Recover } else { Purpose::Failure }
+        } else {
+            self.planned_goal(&map, &mut goal, world)
+        };
+        let guess = self.guess(&map, &goal, world)?;
+        let next = match next_map(&map, &goal, &guess, self.status().highest().next()) {
+            Ok(next) => next,
+            Err(Hold::NeedsFlush) => {
+                goal.flushed = true;
+                next_map(&map, &goal, &guess, self.status().highest().next()).ok()?
+            }
+            Err(hold) => {
+                self.note_hold(hold, world);
+                return None;
+            }
+        };
+        self.hold = None;
+        self.silent_since = None;
+        let worth = self.must || differs(&map, &next.map);
+        if !worth || (!failing && !self.is_served(world)) {
+            return None;
+        }
+        let required = serving(&map);
+        let new = next.map.members().filter(|m| m.state != MemberState::Failed).map(|m| m.server);
+        let optional = new.filter(|id| !required.contains(id)).collect();
+        Some(Start { purpose, goal, layer: LayerId::NONE, required, optional })
+    }
+
+    fn note_hold(&mut self, hold: Hold, world: &mut World<'_>) {
+        if matches!(hold, Hold::SilentMember { .. }) {
+            let since = *self.silent_since.get_or_insert(world.now);
+            world.wake_at(since.after(SILENT_MEMBER_MS));
+        } else {
+            self.silent_since = None;
+        }
+        self.hold = Some(hold);
+    }
+
+    /// What every change aims at.
+    fn base_goal(&self, world: &mut World<'_>) -> Goal {
+        let wishes = &self.object.wishes;
+        let now = world.now;
+        let over = |since: Option<Millis>, ms: u64| since.is_some_and(|at| now.since(at) >= ms);
+        if let Some(since) = self.unpromised_since.filter(|_| !over(self.unpromised_since, READ_LEASE_WAIT_MS)) {
+            world.wake_at(since.after(READ_LEASE_WAIT_MS));
+        }
+        let ended = |id| self.status().ended.contains(&id);
+        let sessions = wishes.sessions.iter().filter(|wish| !ended(wish.id));
+        // A volume that is being deleted takes nobody in any more.
+        let listed = |id| self.map().is_some_and(|map| map.session(id).is_some());
+        let sessions = sessions.filter(|wish| !wishes.deleted || listed(wish.id));
+        Goal {
+            size: self.map().map_or(placement::whole_blocks(wishes.size), |map| map.size),
+            sessions: sessions.cloned().collect(),
+            addresses: self.addresses(world),
+            lease_over: over(self.unpromised_since, READ_LEASE_WAIT_MS),
+            silent_over: over(self.silent_since, SILENT_MEMBER_MS),
+            ..Goal::default()
+        }
+    }
+
+    fn addresses(&self, world: &World<'_>) -> BTreeMap<ServerId, Vec<String>> {
+        let of = |(id, server): (&ServerId, &super::heartbeat::ServerState)| {
+            server.object.as_ref().map(|object| (*id, object.addresses.clone()))
+        };
+        world.servers.by_id.iter().filter_map(of).collect()
+    }
+
+    /// Whether a member that serves is away, restarted or closed, or is said not to serve.
+    fn is_failing(&self, map: &VolumeMap, world: &World<'_>) -> bool {
+        map.members().filter(|m| m.state != MemberState::Failed).any(|m| match world.servers.health(m.server) {
+            ServerHealth::Alive if self.may_leave_out(world, m.server) => true,
+            ServerHealth::Alive => {
+                let hint = world.servers.of(m.server).map(|server| server.hint(m));
+                hint != Some(Hint::Same) || self.suspects.contains(&m.copy)
+            }
+            ServerHealth::Failed | ServerHealth::Foreign => true,
+            ServerHealth::Unknown | ServerHealth::Suspected => false,
+        })
+    }
+
+    fn planned_goal(&mut self, map: &VolumeMap, goal: &mut Goal, world: &mut World<'_>) -> Purpose {
+        self.grow(map, goal, world);
+        for (p, g, group) in map.groups() {
+            self.group_goal(map, (p, g), group, goal, world);
+        }
+        let ends = map.sessions.iter().any(|s| goal.sessions.iter().all(|wish| wish.id != s.id));
+        let joins = goal.sessions.iter().any(|wish| map.session(wish.id).is_none());
+        let finishes = map.groups().any(|(_, _, group)| self.may_finish(group, world));
+        goal.flushed = ends || finishes;
+        if finishes {
+            Purpose::Finish
+        } else if ends || joins {
+            Purpose::Sessions
+        } else if !goal.rejoin.is_empty() || !goal.add.is_empty() {
+            Purpose::Rejoin
+        } else {
+            Purpose::Shape
+        }
+    }
+
+    fn grow(&mut self, map: &VolumeMap, goal: &mut Goal, world: &World<'_>) {
+        let wished = placement::whole_blocks(self.object.wishes.size);
+        self.refusal = None;
+        if wished <= map.size {
+            return;
+        }
+        let Some(policy) = self.object.wishes.policy else {
+            self.refusal = Some(Refusal::UnknownPolicy);
+            return;
+        };
+        let share = |size| placement::share_bytes(size, policy.groups, policy.page_bytes);
+        let more = share(wished) - share(map.size);
+        let mut needs: BTreeMap<ServerId, u64> = BTreeMap::new();
+        map.members().for_each(|m| *needs.entry(m.server).or_default() += more);
+        let candidates = self.all_candidates(world);
+        let room = |id: &ServerId| candidates.iter().find(|c| c.id == *id).map(|c| placement::room_for_growth(c, &policy));
+        let short = needs.iter().find(|(id, need)| room(id).is_some_and(|room| room < **need));
+        match short {
+            Some((id, need)) => {
+                let room_bytes = room(id).unwrap_or(0);
+                self.refusal = Some(Refusal::TooLarge { needed_bytes: *need, room_bytes });
+            }
+            None => goal.size = wished,
+        }
+    }
+
+    /// Who leaves, comes back, is replaced or is no longer needed in a group.
+    fn group_goal(
+        &mut self,
+        map: &VolumeMap,
+        place: (u32, u32),
+        group: &Group,
+        goal: &mut Goal,
+        world: &mut World<'_>,
+    ) {
+        let stalled = |m: &Member| self.stalled_until.get(&m.copy).is_some_and(|until| *until > world.now);
+        let leaving = |m: &Member| world.servers.of(m.server).is_some_and(|s| s.alive.leaving) || stalled(m);
+        let drained = |m: &Member| self.is_drained(m.server, world);
+        goal.leave.extend(group.members.iter().filter(|m| leaving(m)).map(|m| m.copy));
+        let wanted = self.object.wishes.policy.map_or(1, |p| usize::from(p.copies));
+        let lasting = |m: &&Member| !drained(m);
+        if group.in_state(MemberState::Active).filter(lasting).filter(|m| !leaving(m)).count() >= wanted {
+            let surplus = group.members.iter().filter(|m| m.state != MemberState::Active || drained(m));
+            goal.remove.extend(surplus.map(|m| m.copy));
+            return;
+        }
+        let mut there = group.writers().filter(lasting).filter(|m| !leaving(m)).count();
+        let stays: Vec<_> = group.in_state(MemberState::Failed).filter(lasting).map(|m| (m, leaving(m))).collect();
+        for (m, leaving) in stays {
+            if there >= wanted {
+                break;
+            }
+            if self.may_rejoin(m, world) && !leaving {
+                goal.rejoin.insert(m.copy);
+                there += 1;
+            } else if !self.is_given_up(m, world) {
+                there += 1;
+            }
+        }
+        if matches!(group.settle, Settle::Running { .. }) {
+            return;
+        }
+        if there < wanted {
+            self.add_replacement(map, place, group, goal, world);
+        }
+    }
+
+    fn add_replacement(
+        &mut self,
+        map: &VolumeMap,
+        (placement, group_number): (u32, u32),
+        group: &Group,
+        goal: &mut Goal,
+        world: &mut World<'_>,
+    ) {
+        let Some(policy) = self.object.wishes.policy else { return };
+        let lost: Vec<_> = group.members.iter().filter(|m| self.lost.contains(&m.copy)).copied().collect();
+        let beside: Vec<_> = group.members.iter().filter(|m| !lost.contains(m)).map(|m| m.server).collect();
+        let mut load = BTreeMap::new();
+        goal.add.iter().for_each(|new| *load.entry(new.server).or_insert(0u64) += 1);
+        let need = Need { policy: &policy, size: map.size, near_node: "", near_zone: "" };
+        let candidates = self.candidates(world);
+        match placement::pick(need, &candidates, &beside, &BTreeSet::new(), &load) {
+            Ok(server) => {
+                goal.remove.extend(lost.iter().map(|m| m.copy));
+                let copy = CopyId((world.mint)());
+                goal.add.push(NewCopy { copy, server, placement, group: group_number, unsynced: true });
+            }
+            Err(refusal) => self.refusal = Some(refusal),
+        }
+    }
+
+    fn is_drained(&self, server: ServerId, world: &World<'_>) -> bool {
+        world.servers.of(server).and_then(|s| s.object.as_ref()).is_some_and(|object| object.drain)
+    }
+
+    fn may_rejoin(&self, m: &Member, world: &World<'_>) -> bool {
+        let Some(server) = world.servers.of(m.server).filter(|s| s.is_alive()) else { return false };
+        let stalled = self.stalled_until.get(&m.copy).is_some_and(|until| *until > world.now);
+        // H24: it answers orders about this volume, for it has stored the committed map.
+        let answers = self.served_at(m.server).is_some();
+        answers && !self.lost.contains(&m.copy) && !stalled && server.hint(m) != Hint::Closed
+    }
+
+    /// Away for longer than `rebuildAfter`, or for ever.
+    fn is_given_up(&self, m: &Member, world: &mut World<'_>) -> bool {
+        let after = self.object.wishes.policy.map_or(u64::MAX, |p| p.rebuild_after_ms);
+        let since = self.failed_since.get(&m.copy).copied().unwrap_or(world.now);
+        if world.now.since(since) < after {
+            world.wake_at(since.after(after));
+        }
+        self.lost.contains(&m.copy) || world.now.since(since) >= after
+    }
+
+    /// Whether heartbeats say that a member is filled or a settle is done.
+    fn may_finish(&self, group: &Group, world: &World<'_>) -> bool {
+        let settling = matches!(group.settle, Settle::Running { .. });
+        if settling {
+            return group.writers().all(|m| self.hinted(m, world).is_some_and(|(_, to_settle)| to_settle == 0));
+        }
+        group.in_state(MemberState::Syncing).any(|m| self.hinted(m, world).is_some_and(|(unsynced, _)| unsynced == 0))
+    }
+
+    /// (unsynced, to settle) as a heartbeat said that was sent after the server stored the committed map.
+    fn hinted(&self, m: &Member, world: &World<'_>) -> Option<(u64, u64)> {
+        let server = world.servers.of(m.server)?;
+        let stored = self.served_at(m.server)?;
+        if server.alive_sent < stored || !server.is_alive() {
+            return None;
+        }
+        Some(server.progress(m.copy).map_or((0, 0), |progress| (progress.unsynced, progress.to_settle)))
+    }
+
+    /// What the fence would be answered, as heartbeats have it; `None` = a member that serves may be there or not.
+    fn guess(&self, map: &VolumeMap, goal: &Goal, world: &World<'_>) -> Option<BTreeMap<ServerId, Answer>> {
+        let serving = serving(map);
+        let mut guess = BTreeMap::new();
+        let servers = serving.iter().copied().chain(goal.add.iter().map(|new| new.server));
+        let rejoining = map.members().filter(|m| goal.rejoin.contains(&m.copy)).map(|m| m.server);
+        for id in servers.chain(rejoining).collect::<BTreeSet<_>>() {
+            let answer = match world.servers.health(id) {
+                _ if serving.contains(&id) && self.may_leave_out(world, id) => Answer::LeftOut,
+                ServerHealth::Alive => Answer::Promised(self.guess_promise(map, goal, world, id)),
+                _ => return None,
+            };
+            guess.insert(id, answer);
+        }
+        Some(guess)
+    }
+
+    fn guess_promise(&self, map: &VolumeMap, goal: &Goal, world: &World<'_>, id: ServerId) -> Promised {
+        let mut copies = Vec::new();
+        for (_, _, group) in map.groups() {
+            let here = group.members.iter().filter(|m| m.server == id);
+            copies.extend(here.filter_map(|m| self.guess_report(group, m, world)));
+        }
+        let blank = |new: &NewCopy| CopyReport { copy: new.copy, boot: OTHER_BOOT, ..blank_report() };
+        copies.extend(goal.add.iter().filter(|new| new.server == id).map(blank));
+        Promised { server: id, generation: Generation(0), stored: Generation(0), sessions: Vec::new(), copies }
+    }
+
+    fn guess_report(&self, group: &Group, m: &Member, world: &World<'_>) -> Option<CopyReport> {
+        let boot = match world.servers.of(m.server)?.hint(m) {
+            Hint::Closed => return None,
+            Hint::Same if !self.suspects.contains(&m.copy) => m.boot,
+            Hint::Same | Hint::Restarted => OTHER_BOOT,
+        };
+        let (unsynced, to_settle) = self.hinted(m, world).unwrap_or((1, 1));
+        let settled_for = match group.settle {
+            Settle::Running { authoritative, boot, begun } => Some(SettleName { authoritative, boot, begun }),
+            Settle::None | Settle::Over => None,
+        };
+        Some(CopyReport { copy: m.copy, boot, unsynced, settled_for, to_settle, ..blank_report() })
+    }
+
+    /// Servers that may take a new copy.
+    fn candidates(&self, world: &World<'_>) -> Vec<Candidate> {
+        let full = |id| self.full.get(&id).is_some_and(|at| world.now.since(*at) < FULL_MS);
+        let open = |c: &Candidate| {
+            let server = world.servers.of(c.id);
+            let object = server.and_then(|s| s.object.as_ref());
+            object.is_some_and(|o| o.schedulable && !o.drain)
+                && server.is_some_and(|s| s.is_alive() && !s.alive.leaving)
+                && c.capacity_bytes > 0
+                && !full(c.id)
+        };
+        self.all_candidates(world).into_iter().filter(open).collect()
+    }
+
+    fn all_candidates(&self, world: &World<'_>) -> Vec<Candidate> {
+        let promised = world.rooms.values().flatten();
+        let mut provisioned: BTreeMap<ServerId, u64> = BTreeMap::new();
+        promised.for_each(|(id, bytes)| *provisioned.entry(*id).or_default() += bytes);
+        let known = world.servers.by_id.iter().filter_map(|(id, s)| s.object.as_ref().map(|object| (id, s, object)));
+        known
+            .map(|(id, server, object)| {
+                let capacities = server.alive.devices.iter().filter(|d| !d.boot.is_none()).map(|d| d.capacity_bytes);
+                Candidate {
+                    id: *id,
+                    zone: object.zone.clone(),
+                    node: object.node.clone(),
+                    capacity_bytes: capacities.clone().sum(),
+                    largest_bytes: capacities.max().unwrap_or(0),
+                    provisioned_bytes: provisioned.get(id).copied().unwrap_or(0),
+                }
+            })
+            .collect()
+    }
+
+    /// Bytes that this volume is promised on servers.
+    pub(super) fn rooms(&self) -> Vec<(ServerId, u64)> {
+        let Some(map) = self.map() else { return self.proposed_rooms() };
+        let share = |m: &VolumeMap, placement: u32| {
+            let groups = m.placements[placement as usize].groups.len() as u8;
+            placement::share_bytes(m.size, groups, m.top().page_bytes)
+        };
+        let lie = map.groups().flat_map(|(p, _, group)| group.members.iter().map(move |m| (m.server, share(map, p))));
+        lie.chain(self.proposed_rooms()).collect()
+    }
+
+    fn proposed_rooms(&self) -> Vec<(ServerId, u64)> {
+        let wishes = &self.object.wishes;
+        let (Some(proposal), Some(policy)) = (&self.status().proposed, &wishes.policy) else { return Vec::new() };
+        let share = placement::share_bytes(wishes.size, policy.groups, policy.page_bytes);
+        let lie = |new: &&NewCopy| self.map().is_none_or(|map| map.place_of(new.copy).is_none());
+        proposal.copies.iter().filter(lie).map(|new| (new.server, share)).collect()
+    }
+
+    /// The policy that the volume was placed by.
+    pub(super) fn policy(&self) -> Option<&Policy> {
+        self.object.wishes.policy.as_ref()
+    }
+}
+
+fn blank_report() -> CopyReport {
+    CopyReport {
+        copy: CopyId::NONE,
+        boot: BootId::NONE,
+        unsynced: 0,
+        pending: Vec::new(),
+        pending_before_start: 0,
+        settled_for: None,
+        to_settle: 0,
+    }
+}

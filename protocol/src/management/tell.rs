@@ -1,0 +1,258 @@
+//! What people see of a volume: conditions and progress, told when they change, and events at commits.
+
+use super::condition::{Condition, ConditionKind, EventReason, Reason};
+use super::diverged::Doubt;
+use super::object::Status;
+use super::placement::Refusal;
+use super::plan::Hold;
+use super::volume::{Volume, World};
+use super::Output;
+use crate::control::CopyProgress;
+use crate::ids::CopyId;
+use crate::map::{Group, MemberState, VolumeMap};
+use std::fmt::Display;
+
+/// Progress is told at the latest after this, milliseconds.
+const PROGRESS_MS: u64 = 10_000;
+
+impl Volume {
+    /// Tells conditions and progress, if they changed.
+    pub(super) fn show(&mut self, world: &mut World<'_>) {
+        let conditions = vec![
+            self.placed(),
+            self.available(world),
+            self.healthy(world),
+            self.settled(),
+            self.diverged(world),
+            self.deleting(world),
+        ];
+        if conditions != self.conditions {
+            self.conditions.clone_from(&conditions);
+            world.out.push(Output::Conditions { volume: self.id(), conditions });
+        }
+        self.show_progress(world);
+    }
+
+    fn placed(&self) -> Condition {
+        let kind = ConditionKind::Placed;
+        let shrink = self.map().filter(|map| self.object.wishes.size.div_ceil(4096) * 4096 < map.size);
+        match (self.refusal, shrink, self.map()) {
+            (Some(refusal), _, map) => {
+                let text = match map {
+                    Some(_) => format!("not as wished: {refusal}; tried again when servers or wishes change"),
+                    None => format!("{refusal}; tried again when servers or wishes change"),
+                };
+                Condition { kind, holds: map.is_some(), reason: reason_of(refusal), text }
+            }
+            (None, Some(map), _) => {
+                let text = format!("a volume only grows: it keeps its {} bytes", map.size);
+                Condition { kind, holds: true, reason: Reason::ShrinkRefused, text }
+            }
+            (None, None, Some(map)) => {
+                let servers = map.servers.len();
+                let text = format!("{} groups on {servers} servers", map.groups().count());
+                Condition { kind, holds: true, reason: Reason::AsWished, text }
+            }
+            (None, None, None) => {
+                let text = "not placed yet".to_string();
+                Condition { kind, holds: false, reason: Reason::Pending, text }
+            }
+        }
+    }
+
+    fn available(&self, world: &World<'_>) -> Condition {
+        let kind = ConditionKind::Available;
+        let no = |reason, text| Condition { kind, holds: false, reason, text };
+        let Some(map) = self.map() else { return no(Reason::Pending, "there is no map".to_string()) };
+        match &self.hold {
+            Some(Hold::SilentMember { copies }) => {
+                let text = format!("all members that answer have restarted; waiting for {}", places(map, copies));
+                return no(Reason::WaitingForSilentMember, text);
+            }
+            Some(Hold::NoActive { copies }) => {
+                let text = format!("no up-to-date copy answers; waiting for one of {}", places(map, copies));
+                return no(Reason::WaitingForCopies, text);
+            }
+            Some(Hold::NeedsFlush) | None => {}
+        }
+        let away = |group: &&Group| group.in_state(MemberState::Active).all(|m| !world.servers.is_alive(m.server));
+        if let Some(group) = map.groups().map(|(_, _, group)| group).find(away) {
+            let copies: Vec<_> = group.in_state(MemberState::Active).map(|m| m.copy).collect();
+            let text = format!("no up-to-date copy answers; waiting for one of {}", places(map, &copies));
+            return no(Reason::WaitingForCopies, text);
+        }
+        let text = "every group has an up-to-date copy".to_string();
+        Condition { kind, holds: true, reason: Reason::AsWished, text }
+    }
+
+    fn healthy(&self, world: &World<'_>) -> Condition {
+        let kind = ConditionKind::Healthy;
+        let Some(map) = self.map() else {
+            let text = "there is no map".to_string();
+            return Condition { kind, holds: false, reason: Reason::Pending, text };
+        };
+        let wanted = self.policy().map_or(1, |p| usize::from(p.copies));
+        let short = |group: &&Group| group.in_state(MemberState::Active).count() < wanted;
+        let degraded: Vec<_> = map.groups().map(|(_, _, g)| g).filter(short).collect();
+        let failing = |m: &&crate::map::Member| m.state != MemberState::Failed && !world.servers.is_alive(m.server);
+        if degraded.is_empty() && map.members().filter(failing).count() == 0 {
+            let text = format!("all {wanted} copies of every group are up to date");
+            return Condition { kind, holds: true, reason: Reason::AsWished, text };
+        }
+        let filling: Vec<_> = degraded.iter().flat_map(|g| g.in_state(MemberState::Syncing)).map(|m| m.copy).collect();
+        let (reason, text) = if filling.is_empty() {
+            let copies: Vec<_> = map.members().filter(|m| m.state == MemberState::Failed).map(|m| m.copy).collect();
+            (Reason::MembersFailed, format!("away: {}", places(map, &copies)))
+        } else {
+            (Reason::Filling, format!("being filled: {}", places(map, &filling)))
+        };
+        Condition { kind, holds: false, reason, text }
+    }
+
+    fn settled(&self) -> Condition {
+        let running = self.map().is_some_and(VolumeMap::settling);
+        let (reason, text) = if running {
+            (Reason::Settling, "pages that may differ between copies are made equal; sessions wait")
+        } else {
+            (Reason::AsWished, "nothing is to be made equal")
+        };
+        Condition { kind: ConditionKind::Settled, holds: !running, reason, text: text.to_string() }
+    }
+
+    fn diverged(&self, world: &World<'_>) -> Condition {
+        let kind = ConditionKind::Diverged;
+        match &self.doubt {
+            Doubt::Unasked | Doubt::Clear => {
+                let text = "no server stores a newer map".to_string();
+                Condition { kind, holds: false, reason: Reason::AsWished, text }
+            }
+            Doubt::Asking(_) => {
+                let waiting = join(self.unanswered(world));
+                let text = format!("nothing is changed before these servers said what they store: {waiting}");
+                Condition { kind, holds: true, reason: Reason::WaitingForServers, text }
+            }
+            Doubt::Diverged(asked) => {
+                let text = format!(
+                    "a server stores the committed generation {}, the object has {}: say which to adopt",
+                    asked.highest(),
+                    self.status().generation
+                );
+                Condition { kind, holds: true, reason: Reason::NewerMapFound, text }
+            }
+        }
+    }
+
+    fn deleting(&self, world: &World<'_>) -> Condition {
+        let kind = ConditionKind::Deleting;
+        let wishes = &self.object.wishes;
+        let retired = &self.status().retired;
+        if !wishes.deleted {
+            let text = "deletion was not asked for".to_string();
+            return Condition { kind, holds: false, reason: Reason::NotAsked, text };
+        }
+        if !wishes.sessions.is_empty() {
+            let nodes = join(wishes.sessions.iter().map(|wish| wish.node.as_str()));
+            let text = format!("volume {} is in use on {nodes}; detach it first", self.object.name);
+            return Condition { kind, holds: true, reason: Reason::InUse, text };
+        }
+        let away = |id| if world.servers.is_alive(id) { "" } else { " (does not answer)" };
+        let holders = join(retired.iter().map(|r| format!("{}{}", r.server, away(r.server))));
+        let text = format!("waiting for the holders of {} copies to confirm: {holders}", retired.len());
+        Condition { kind, holds: true, reason: Reason::DeletingCopies, text }
+    }
+
+    fn show_progress(&mut self, world: &mut World<'_>) {
+        let Some(map) = self.map() else { return };
+        let of = |m: &crate::map::Member| world.servers.of(m.server).and_then(|s| s.progress(m.copy)).copied();
+        let working = |p: &CopyProgress| !p.boot.is_none() && (p.unsynced > 0 || p.to_settle > 0);
+        let copies: Vec<_> = map.members().filter_map(of).filter(working).collect();
+        let (at, told) = &self.told_progress;
+        let step = |a: &CopyProgress, b: &CopyProgress| {
+            let twentieth = (a.pages / 20).max(1);
+            a.copy != b.copy || a.unsynced.abs_diff(b.unsynced) >= twentieth
+        };
+        let far = copies.len() != told.len() || copies.iter().zip(told).any(|(a, b)| step(a, b));
+        if far || (copies != *told && world.now.since(*at) >= PROGRESS_MS) {
+            self.told_progress = (world.now, copies.clone());
+            world.out.push(Output::Progress { volume: self.id(), copies });
+        }
+    }
+
+    /// Events for what a commit changed.
+    pub(super) fn tell_differences(&self, world: &mut World<'_>, before: &Status) {
+        let Some(new) = self.map() else { return };
+        let Some(old) = &before.map else {
+            self.tell(world, EventReason::Created, "the first map is committed".to_string());
+            self.tell_sessions(world, None, new);
+            return;
+        };
+        for (_, _, group) in new.groups() {
+            for m in &group.members {
+                let was = old.place_of(m.copy).map(|(_, _, m)| m.state);
+                let Some(reason) = reason_of_member(was, m.state) else { continue };
+                let text = format!("copy {} on server {} is {:?}", m.copy, m.server, m.state);
+                self.tell(world, reason, text);
+            }
+        }
+        for m in old.members().filter(|m| new.place_of(m.copy).is_none()) {
+            let text = format!("copy {} on server {} is no longer needed", m.copy, m.server);
+            self.tell(world, EventReason::MemberRemoved, text);
+        }
+        if new.loss() > old.loss() {
+            let text = "all members of a group have restarted: unflushed writes are written again by the driver";
+            self.tell(world, EventReason::LossRaised, text.to_string());
+        }
+        match (old.settling(), new.settling()) {
+            (false, true) => self.tell(world, EventReason::SettleBegun, "copies are made equal".to_string()),
+            (true, false) => self.tell(world, EventReason::SettleOver, "copies are equal".to_string()),
+            _ => {}
+        }
+        if new.size > old.size {
+            self.tell(world, EventReason::Grown, format!("from {} to {} bytes", old.size, new.size));
+        }
+        self.tell_sessions(world, Some(old), new);
+    }
+
+    fn tell_sessions(&self, world: &mut World<'_>, old: Option<&VolumeMap>, new: &VolumeMap) {
+        for s in new.sessions.iter().filter(|s| old.is_none_or(|map| map.session(s.id).is_none())) {
+            self.tell(world, EventReason::Attached, format!("session {} on node {}", s.id, s.node));
+        }
+        for s in old.iter().flat_map(|map| &map.sessions).filter(|s| new.session(s.id).is_none()) {
+            let ended = self.status().ended.contains(&s.id);
+            let reason = if ended { EventReason::SessionEnded } else { EventReason::Detached };
+            self.tell(world, reason, format!("session {} on node {}", s.id, s.node));
+        }
+    }
+}
+
+fn reason_of_member(was: Option<MemberState>, is: MemberState) -> Option<EventReason> {
+    match (was, is) {
+        (Some(was), is) if was == is => None,
+        (_, MemberState::Failed) => Some(EventReason::MemberFailed),
+        (None, MemberState::Syncing) => Some(EventReason::MemberReplaced),
+        (Some(_), MemberState::Syncing) => Some(EventReason::MemberRejoined),
+        (_, MemberState::Active) => Some(EventReason::MemberActive),
+    }
+}
+
+fn reason_of(refusal: Refusal) -> Reason {
+    match refusal {
+        Refusal::UnknownPolicy => Reason::UnknownPolicy,
+        Refusal::InvalidWish => Reason::InvalidWish,
+        Refusal::TooFewServers { .. } => Reason::TooFewServers,
+        Refusal::TooFewZones { .. } => Reason::TooFewZones,
+        Refusal::TooLarge { .. } => Reason::TooLarge,
+    }
+}
+
+fn places(map: &VolumeMap, copies: &[CopyId]) -> String {
+    join(copies.iter().map(|copy| match map.place_of(*copy) {
+        Some((_, group, m)) => format!("copy {copy} of group {group} on server {}", m.server),
+        None => format!("copy {copy}"),
+    }))
+}
+
+fn join(items: impl IntoIterator<Item = impl Display>) -> String {
+    let texts: Vec<_> = items.into_iter().map(|item| item.to_string()).collect();
+    texts.join(", ")
+}

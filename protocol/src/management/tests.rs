@@ -1,0 +1,5 @@
+//! Whole changes against fake servers and a fake store, each test named for the guarantee it holds.
+#![allow(clippy::unwrap_used)]
+
+mod changes;
+mod fake;

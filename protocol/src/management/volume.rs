@@ -1,0 +1,357 @@
+//! One volume in the leader: what is known of it, and what it takes up next.
+//!
+//! Nothing here is durable; a new leader starts from the object alone and counts every wait from its own start.
+
+use super::condition::{Condition, Event, EventReason};
+use super::diverged::Doubt;
+use super::heartbeat::Servers;
+use super::object::{Guard, Purpose, Status, VolumeObject, WriteKind};
+use super::reconfigure::Change;
+use super::serve::{Deleting, Served};
+use super::{CallId, Output, Source, Step, Written};
+use crate::control::{ControlReply, ControlRequest};
+use crate::ids::{CopyId, Generation, ServerId, VolumeId};
+use crate::map::{MemberState, VolumeMap};
+use crate::time::Millis;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// A write whose outcome nobody knows is sent again after this long, milliseconds.
+const REWRITE_MS: u64 = 500;
+
+/// What a call to a server is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum What {
+    Heartbeat,
+    Inventory,
+    Put(CopyId),
+    Flush,
+    Fence(Generation),
+    Serve(Generation),
+    Delete(CopyId),
+    Ask,
+}
+
+/// A call that was not answered yet.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Call {
+    pub(super) server: ServerId,
+    pub(super) volume: Option<VolumeId>,
+    pub(super) what: What,
+    pub(super) sent: Millis,
+}
+
+/// All calls and writes under way.
+#[derive(Debug, Default)]
+pub(super) struct Calls {
+    last: u64,
+    pub(super) pending: BTreeMap<CallId, Call>,
+}
+
+impl Calls {
+    pub(super) fn name(&mut self) -> CallId {
+        self.last += 1;
+        CallId(self.last)
+    }
+}
+
+/// What a volume may see and do while it is advanced.
+pub(super) struct World<'a> {
+    pub(super) now: Millis,
+    pub(super) servers: &'a mut Servers,
+    pub(super) calls: &'a mut Calls,
+    pub(super) mint: &'a mut (dyn FnMut() -> u128 + Send),
+    /// Bytes promised on servers, by volume.
+    pub(super) rooms: &'a BTreeMap<VolumeId, Vec<(ServerId, u64)>>,
+    /// A number of the Lease above the one found was heard: every server is asked before a change (R6).
+    pub(super) restored: bool,
+    pub(super) out: &'a mut Vec<Output>,
+    /// When the volume wants to be looked at again.
+    pub(super) wake: Millis,
+}
+
+impl World<'_> {
+    pub(super) fn ask(&mut self, server: ServerId, volume: VolumeId, what: What, request: ControlRequest) {
+        let call = self.calls.name();
+        self.calls.pending.insert(call, Call { server, volume: Some(volume), what, sent: self.now });
+        self.out.push(Output::Control { server, call, request });
+    }
+
+    pub(super) fn wake_at(&mut self, at: Millis) {
+        self.wake = self.wake.min(at);
+    }
+}
+
+/// A write that was not answered yet.
+#[derive(Debug)]
+pub(super) struct Write {
+    pub(super) call: Option<CallId>,
+    pub(super) kind: WriteKind,
+    pub(super) guard: Guard,
+    pub(super) next: Status,
+    again_at: Millis,
+}
+
+/// Fences that a server left unanswered.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct FenceSilence {
+    /// Since the first of them.
+    pub(super) since: Millis,
+    /// The last of them was sent then.
+    pub(super) asked: Millis,
+}
+
+/// One volume.
+#[derive(Debug)]
+pub(super) struct Volume {
+    pub(super) object: VolumeObject,
+    /// The object is being read anew; nothing is done until it is here.
+    pub(super) reading: bool,
+    pub(super) change: Option<Change>,
+    pub(super) write: Option<Write>,
+    pub(super) release: Option<CallId>,
+    /// A promise above the committed generation is known, or a proposal that is not ours: fence again.
+    pub(super) must: bool,
+    /// Highest promise heard of.
+    pub(super) floor: Generation,
+    pub(super) retry_at: Millis,
+    pub(super) tries: u32,
+    pub(super) served: BTreeMap<ServerId, Served>,
+    pub(super) serving_told: Generation,
+    pub(super) deleting: BTreeMap<CopyId, Deleting>,
+    /// Since when a member is `Failed` as this leader knows.
+    pub(super) failed_since: BTreeMap<CopyId, Millis>,
+    /// Members that drivers got no progress out of: out until then.
+    pub(super) stalled_until: BTreeMap<CopyId, Millis>,
+    /// Copies that their server does not have any more.
+    pub(super) lost: BTreeSet<CopyId>,
+    /// Members of which a driver says that they do not serve: a fence finds out.
+    pub(super) suspects: BTreeSet<CopyId>,
+    /// Since when a server has left fences unanswered.
+    pub(super) fence_silent: BTreeMap<ServerId, FenceSilence>,
+    /// Servers that had no room lately.
+    pub(super) full: BTreeMap<ServerId, Millis>,
+    /// When the map with members left out was first known to this leader (M7).
+    pub(super) unpromised_since: Option<Millis>,
+    /// Since when restarted members wait for a silent one (R15).
+    pub(super) silent_since: Option<Millis>,
+    pub(super) doubt: Doubt,
+    /// A person decided that stored maps up to this generation are given up (R6).
+    pub(super) adopted: Generation,
+    pub(super) conditions: Vec<Condition>,
+    pub(super) refusal: Option<super::placement::Refusal>,
+    pub(super) hold: Option<super::plan::Hold>,
+    pub(super) told_progress: (Millis, Vec<crate::control::CopyProgress>),
+}
+
+impl Volume {
+    pub(super) fn new(object: VolumeObject, now: Millis) -> Self {
+        let mut volume = Self {
+            object,
+            reading: false,
+            change: None,
+            write: None,
+            release: None,
+            must: false,
+            floor: Generation(0),
+            retry_at: Millis(0),
+            tries: 0,
+            served: BTreeMap::new(),
+            serving_told: Generation(0),
+            deleting: BTreeMap::new(),
+            failed_since: BTreeMap::new(),
+            stalled_until: BTreeMap::new(),
+            lost: BTreeSet::new(),
+            suspects: BTreeSet::new(),
+            fence_silent: BTreeMap::new(),
+            full: BTreeMap::new(),
+            unpromised_since: None,
+            silent_since: None,
+            doubt: Doubt::Unasked,
+            adopted: Generation(0),
+            conditions: Vec::new(),
+            refusal: None,
+            hold: None,
+            told_progress: (Millis(0), Vec::new()),
+        };
+        volume.found(now);
+        volume
+    }
+
+    pub(super) fn id(&self) -> VolumeId {
+        self.object.id
+    }
+
+    pub(super) fn status(&self) -> &Status {
+        &self.object.status
+    }
+
+    pub(super) fn map(&self) -> Option<&VolumeMap> {
+        self.object.status.map.as_ref()
+    }
+
+    /// The object is new or changed. What a watch brings may be older than what this leader wrote itself.
+    pub(super) fn take(&mut self, now: Millis, object: VolumeObject, source: Source) {
+        let rank = |status: &Status| (status.highest(), status.generation);
+        let older = rank(&object.status) < rank(self.status());
+        if source == Source::Watched && (older || self.reading || self.write.is_some() || self.change.is_some()) {
+            self.object = VolumeObject { status: std::mem::take(&mut self.object.status), ..object };
+            return;
+        }
+        let news = source == Source::Read || object.status != *self.status();
+        self.object = object;
+        if source == Source::Read {
+            self.reading = false;
+        }
+        if news {
+            self.found(now);
+        }
+    }
+
+    /// Looks at a status that this leader did not write, or reads again.
+    fn found(&mut self, now: Millis) {
+        self.change = None;
+        let proposed = self.object.status.proposed.as_ref();
+        self.must |= proposed.is_some_and(|p| p.purpose != Purpose::Void);
+        self.committed(now);
+    }
+
+    /// A committed map is new here: what was known of members by their old state is brought up to date.
+    pub(super) fn committed(&mut self, now: Millis) {
+        let Some(map) = self.object.status.map.as_ref() else { return };
+        let unpromised = map.members().any(|m| m.unpromised);
+        self.unpromised_since = if unpromised { self.unpromised_since.or(Some(now)) } else { None };
+        let failed: BTreeSet<_> =
+            map.members().filter(|m| m.state == MemberState::Failed).map(|m| m.copy).collect();
+        self.failed_since.retain(|copy, _| failed.contains(copy));
+        for copy in failed {
+            self.failed_since.entry(copy).or_insert(now);
+        }
+        let there = |copy: &CopyId| map.place_of(*copy).is_some();
+        self.lost.retain(there);
+        self.suspects.clear();
+        self.stalled_until.retain(|copy, until| there(copy) && *until > now);
+    }
+
+    /// Reads the object anew, past every cache.
+    pub(super) fn read(&mut self, world: &mut World<'_>) {
+        self.reading = true;
+        self.change = None;
+        self.write = None;
+        world.out.push(Output::Read { volume: self.id() });
+    }
+
+    /// Sends a write whose guard is what is known to stand there.
+    pub(super) fn write(&mut self, world: &mut World<'_>, kind: WriteKind, next: Status) {
+        assert!(self.write.is_none(), "one write at a time");
+        let guard = self.status().guard();
+        self.write = Some(Write { call: None, kind, guard, next, again_at: world.now });
+        self.send_write(world);
+    }
+
+    fn send_write(&mut self, world: &mut World<'_>) {
+        let volume = self.id();
+        let Some(write) = self.write.as_mut().filter(|w| w.call.is_none() && w.again_at <= world.now) else { return };
+        let call = world.calls.name();
+        write.call = Some(call);
+        let (kind, guard, next) = (write.kind, write.guard.clone(), write.next.clone());
+        world.out.push(Output::Write { volume, call, kind, guard, next });
+    }
+
+    /// A write of this volume ended; `false` = it is not one that is awaited.
+    pub(super) fn written(&mut self, world: &mut World<'_>, call: CallId, outcome: Written) {
+        if self.release == Some(call) {
+            self.release = None;
+            if outcome != Written::Done {
+                self.read(world);
+            }
+            return;
+        }
+        let Some(write) = self.write.as_mut().filter(|w| w.call == Some(call)) else { return };
+        match outcome {
+            Written::Conflict => self.read(world),
+            Written::Unknown => {
+                write.call = None;
+                write.again_at = world.now.after(REWRITE_MS);
+            }
+            Written::Done => {
+                let write = self.write.take().expect("found above");
+                let before = std::mem::replace(&mut self.object.status, write.next);
+                self.stands(world, write.kind, before);
+            }
+        }
+    }
+
+    /// A write stands.
+    fn stands(&mut self, world: &mut World<'_>, kind: WriteKind, before: Status) {
+        match kind {
+            WriteKind::Intent => self.intended(world),
+            WriteKind::Commit | WriteKind::GiveUp => self.change_committed(world, kind, &before),
+            WriteKind::Retract => self.change = None,
+            WriteKind::Retired => {}
+            WriteKind::Delete => self.change = None,
+            WriteKind::Adopt => {
+                self.must = true;
+                self.committed(world.now);
+                let text = format!("the map of generation {} was adopted", self.status().generation);
+                self.tell(world, EventReason::Adopted, text);
+            }
+        }
+    }
+
+    pub(super) fn tell(&self, world: &mut World<'_>, reason: EventReason, text: String) {
+        world.out.push(Output::Event(Event { volume: Some(self.id()), server: None, reason, text }));
+    }
+
+    pub(super) fn passed(&self, world: &mut World<'_>, generation: Generation, step: Step) {
+        world.out.push(Output::Passed { volume: self.id(), generation, step });
+    }
+
+    /// A server answered a call of this volume, or could not (`None`).
+    pub(super) fn answered(&mut self, world: &mut World<'_>, call: Call, reply: Option<ControlReply>) {
+        self.compare_stored(world, call.server, reply.as_ref());
+        match call.what {
+            What::Serve(generation) => self.serve_answered(world, call.server, generation, reply),
+            What::Delete(copy) => self.delete_answered(world, copy, reply),
+            What::Ask => self.ask_answered(world, call.server, reply),
+            What::Put(copy) => self.put_answered(world, copy, call.server, reply),
+            What::Flush => self.flush_answered(call.server),
+            What::Fence(generation) => self.fence_answered(world, call.server, generation, reply),
+            What::Heartbeat | What::Inventory => {}
+        }
+    }
+
+    /// Whether a heartbeat's answer from this server may end a wait of this volume.
+    pub(super) fn waits_for_word(&self, server: ServerId) -> bool {
+        let works = |m: &crate::map::Member| m.state == MemberState::Syncing;
+        self.map().is_some_and(|map| map.members().any(|m| m.server == server && (map.settling() || works(m))))
+    }
+
+    /// Does all that can be done now.
+    pub(super) fn advance(&mut self, world: &mut World<'_>) {
+        self.send_write(world);
+        if let Some(write) = self.write.as_ref().filter(|w| w.call.is_none()) {
+            world.wake_at(write.again_at);
+        }
+        if !self.reading && self.write.is_none() && self.release.is_none() && self.is_beyond_doubt(world) {
+            if self.change.is_some() {
+                self.advance_change(world);
+            }
+            if self.write.is_none() && self.change.is_none() {
+                self.take_up(world);
+            }
+            self.serve(world);
+        }
+        self.show(world);
+    }
+
+    /// Nothing is under way: deletion first, then what was retired, then whatever the plan wants.
+    fn take_up(&mut self, world: &mut World<'_>) {
+        if self.delete(world) {
+            return;
+        }
+        self.delete_retired(world);
+        if self.write.is_none() && !self.object.wishes.deleted | self.map().is_some() {
+            self.start_change(world);
+        }
+    }
+}
