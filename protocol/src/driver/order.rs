@@ -53,11 +53,12 @@ impl Order {
     /// A write is done.
     pub(super) fn leave(&mut self, op: OpId, range: &Range<u64>) {
         let mut at = range.start;
-        while let Some((&start, &(end, owner))) = self.segments.range(at..range.end).next() {
+        while at < range.end {
+            let Some((&start, &(end, owner))) = self.segments.range(at..range.end).next() else { break };
             if owner == op {
                 self.segments.remove(&start);
             }
-            at = end.max(start + 1);
+            at = end;
         }
     }
 

@@ -104,6 +104,7 @@ impl Driver {
         if self.phase == Phase::Ended {
             return;
         }
+        self.retry_opens();
         self.look_at_stalls();
         self.look_at_idleness();
     }

@@ -135,6 +135,8 @@ pub(super) struct Peer {
     pub(super) credit: Credit,
     /// Since when it owes an answer, or the connection is missing.
     pub(super) owes_since: Option<Millis>,
+    /// When an `Open` that it could not take is tried again, should it not push a map before.
+    pub(super) retry_open_at: Option<Millis>,
     /// The generation at which it was last reported for not serving.
     pub(super) refused_at: Generation,
     /// The generation at which it last refused a ping: it is not asked again before the next one.
@@ -162,6 +164,7 @@ impl Peer {
             told_confirmed: Seq(0),
             credit: Credit::default(),
             owes_since: Some(now),
+            retry_open_at: None,
             refused_at: Generation(0),
             ping_refused_at: Generation(0),
             opens: OpenNumber(0),
@@ -218,6 +221,20 @@ impl Peer {
         self.under_way_bytes -= sent.bytes;
         self.owes_since = if self.under_way.is_empty() && !self.behind { None } else { Some(now) };
         Some(sent)
+    }
+
+    /// Whether this request was ever made; it may have been forgotten since.
+    pub(super) fn was_sent(&self, request: RequestId) -> bool {
+        request.0 <= self.next_request
+    }
+
+    /// A handle that is being opened is of no use any longer; a server answers only the latest `Open`.
+    pub(super) fn forget_open(&mut self) {
+        self.under_way.retain(|_, sent| !matches!(sent.what, What::Open(_)));
+        self.handle = Handle::Closed;
+        if self.under_way.is_empty() && matches!(self.link, Link::Up(_)) {
+            self.owes_since = None;
+        }
     }
 
     /// The connection is gone; what was under way will not be answered.

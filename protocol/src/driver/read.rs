@@ -58,7 +58,7 @@ impl Driver {
     /// A part's data came.
     pub(super) fn read_answered(&mut self, mut part: ReadPart, payload: Bytes) {
         let payload = match part.partial.take() {
-            Some(partial) => partial.filled_from(&payload, &[]).0,
+            Some(partial) => Partial::filled_from(*partial, &payload, &[]).0,
             None => payload,
         };
         self.gather(&part, payload);
@@ -68,7 +68,7 @@ impl Driver {
     /// A member has no good content of some blocks: the next one is asked (R12). The server repairs its own.
     pub(super) fn read_bad(&mut self, mut part: ReadPart, payload: Bytes, bad: Vec<u32>) {
         let (data, missing) = match part.partial.take() {
-            Some(partial) => partial.filled_from(&payload, &bad),
+            Some(partial) => Partial::filled_from(*partial, &payload, &bad),
             None => (payload, bad),
         };
         if missing.is_empty() {
@@ -119,7 +119,7 @@ impl Driver {
 
 impl Partial {
     /// Take the missing blocks from another member's data, which lacks `bad`; what is still missing comes second.
-    fn filled_from(mut self: Box<Self>, payload: &Bytes, bad: &[u32]) -> (Bytes, Vec<u32>) {
+    fn filled_from(mut self, payload: &Bytes, bad: &[u32]) -> (Bytes, Vec<u32>) {
         let block = BLOCK_BYTES as usize;
         for &missing in self.missing.iter().filter(|missing| !bad.contains(missing)) {
             let at = missing as usize * block;

@@ -3,7 +3,7 @@
 //! Invariant: a reply counts for the attempt, handle and generation that it answers, and for nothing else.
 
 use super::op::{Hold, OpId, Setback, State};
-use super::peer::{Handle, Sent, What};
+use super::peer::{Handle, Peer, Sent, What};
 use super::{Driver, LinkId, OpError};
 use crate::control::Trouble;
 use crate::ids::{Generation, ServerId};
@@ -30,7 +30,12 @@ impl Driver {
         }
         let now = self.now;
         let peer = self.peers.get_mut(&server).expect("a link belongs to a peer");
-        let Some(sent) = peer.answered(header.request, now) else { return self.drop_link(server) };
+        let Some(sent) = peer.answered(header.request, now) else {
+            if !peer.was_sent(header.request) {
+                self.drop_link(server); // Nobody asked: nothing that follows can be trusted.
+            }
+            return;
+        };
         if peer.handle == Handle::Open(sent.handle) {
             peer.credit.heard(header.credit);
         }
@@ -145,8 +150,9 @@ impl Driver {
             }
             refusal => {
                 let trouble = if refusal == ReplyBody::NoCopy { Trouble::NoCopy } else { Trouble::NotServing };
-                if current && !self.peers.get(&server).is_none_or(|peer| peer.refused_at == sent.generation) {
-                    self.peers.get_mut(&server).expect("just seen").refused_at = sent.generation;
+                let news = |peer: &&mut Peer| current && peer.refused_at != sent.generation;
+                if let Some(peer) = self.peers.get_mut(&server).filter(news) {
+                    peer.refused_at = sent.generation;
                     self.report(server, trouble);
                 }
                 for_map(newer)

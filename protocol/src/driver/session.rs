@@ -9,8 +9,9 @@ use super::view::View;
 use super::{Driver, LinkId, Output, Phase, STALL_TIMEOUT_MS};
 use crate::control::Trouble;
 use crate::ids::{Generation, Incarnation, OpenNumber, Seq, ServerId};
-use crate::limits::IDLE_CONFIRM_MS;
+use crate::limits::{BEHIND_ASK_MEMBER_MS, IDLE_CONFIRM_MS};
 use crate::map::VolumeMap;
+use crate::time::Millis;
 use crate::wire::{HandleId, Opener, ReplyBody, ReplyFrame, RequestBody, Start};
 use bytes::Bytes;
 use std::sync::Arc;
@@ -76,7 +77,7 @@ impl Driver {
         for peer in self.peers.values_mut() {
             peer.opens = OpenNumber(0);
             peer.vouched = false;
-            peer.handle = Handle::Closed;
+            peer.forget_open();
         }
     }
 
@@ -227,10 +228,9 @@ impl Driver {
 
     /// Servers that would not open before are asked again under the newer map.
     fn reopen_waiting(&mut self) {
-        let waiting = |peer: &Peer| peer.handle == Handle::Waiting;
-        let servers: Vec<_> = self.peers.iter().filter(|(_, peer)| waiting(peer)).map(|(server, _)| *server).collect();
+        let servers: Vec<_> = self.peers.keys().copied().collect();
         for server in servers {
-            self.reopen(server);
+            self.reopen_if_waiting(server);
         }
         self.recheck_parked = true;
     }
@@ -272,12 +272,44 @@ impl Driver {
             ReplyBody::Behind { .. } => {
                 peer.handle = Handle::Waiting;
                 peer.fall_behind(now);
+                self.retry_open(server);
+            }
+            ReplyBody::Unsupported => {
+                peer.handle = Handle::Waiting;
+                self.retry_open(server);
             }
             ReplyBody::NotServing | ReplyBody::NoCopy => {
                 peer.handle = Handle::Waiting;
                 self.report(server, Trouble::NotServing);
             }
             _ => peer.handle = Handle::Waiting,
+        }
+    }
+
+    /// The server pushes the map that it lacks only where a handle is open: ask again after a while.
+    fn retry_open(&mut self, server: ServerId) {
+        let at = self.now.after(BEHIND_ASK_MEMBER_MS);
+        self.peers.get_mut(&server).expect("the caller found it").retry_open_at = Some(at);
+        self.wake_by(at);
+    }
+
+    /// Open where it was not possible some time ago.
+    pub(super) fn retry_opens(&mut self) {
+        let now = self.now;
+        let due = |peer: &Peer| peer.retry_open_at.is_some_and(|at| at <= now);
+        let servers: Vec<_> = self.peers.iter().filter(|(_, peer)| due(peer)).map(|(server, _)| *server).collect();
+        for server in servers {
+            self.reopen_if_waiting(server);
+        }
+        let next = self.peers.values().filter_map(|peer| peer.retry_open_at).min();
+        self.wake_by(next.unwrap_or(Millis::NEVER));
+    }
+
+    fn reopen_if_waiting(&mut self, server: ServerId) {
+        let Some(peer) = self.peers.get_mut(&server) else { return };
+        peer.retry_open_at = None;
+        if peer.handle == Handle::Waiting {
+            self.reopen(server);
         }
     }
 
@@ -289,6 +321,7 @@ impl Driver {
             return self.reopen(server);
         }
         peer.discovered = true;
+        peer.catch_up();
         self.allocated.clear(); // Its credit is counted anew.
         self.recheck_parked = true;
         self.look_at_discovery();

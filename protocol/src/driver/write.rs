@@ -196,9 +196,12 @@ impl Driver {
     }
 }
 
+/// A run of bytes of one page: group, page, offset, length.
+type Run = (u32, u64, u32, u32);
+
 /// The run of a discard's bytes in the page with this number, and the number of the next one. Pages are counted by rows
 /// of the stripe: all groups' first pages, then all groups' second pages. A run may be empty; then it is `None`.
-fn next_discard(geometry: &Geometry, start: u64, end: u64, at: u64) -> (Option<(u32, u64, u32, u32)>, Option<u64>) {
+fn next_discard(geometry: &Geometry, start: u64, end: u64, at: u64) -> (Option<Run>, Option<u64>) {
     let (groups, page_bytes) = (u64::from(geometry.groups), u64::from(geometry.page_bytes));
     let row = page_bytes * groups;
     let number = start / row * groups + at;

@@ -1,0 +1,50 @@
+//! The order of overlapping requests (PROTOCOL.md §4, Requests).
+
+use super::bench::*;
+use crate::driver::{Input, Op};
+use bytes::Bytes;
+
+#[test]
+fn overlapping_writes_are_serialised_and_others_are_not() {
+    let mut bench = Bench::serving(map(1, &[&[(1, Active)]]));
+    bench.write(1, 0, 8192);
+    bench.write(2, 4096, 8192);
+    bench.write(3, 16384, 4096);
+    assert_eq!(bench.under_way(1), ["write", "write"]);
+    let first = bench.take_write(1);
+    bench.serve(&first);
+    assert_eq!(bench.under_way(1), ["write", "write"], "the overlapping one follows");
+    bench.serve_all();
+    assert_eq!(bench.done.len(), 3);
+}
+
+#[test]
+fn a_read_waits_for_an_overlapping_write_even_if_it_is_restarted() {
+    let mut bench = Bench::serving(map(1, &[&[(1, Active)]]));
+    bench.write(1, 0, 4096);
+    bench.read(2, 0, 8192);
+    bench.flying.clear();
+    bench.input(Input::Map(map(2, &[&[(1, Active)]])));
+    assert_eq!(bench.under_way(1), ["write"]);
+    bench.serve_all();
+    assert_eq!(bench.done.iter().map(|(tag, _)| *tag).collect::<Vec<_>>(), [1, 2]);
+}
+
+#[test]
+fn a_discard_orders_like_a_write() {
+    let mut bench = Bench::serving(map(1, &[&[(1, Active)]]));
+    bench.submit(1, Op::Discard { address: 0, length: PAGE });
+    bench.write(2, 4096, 4096);
+    bench.read(3, 0, 4096);
+    assert_eq!(bench.under_way(1), ["discard"]);
+    bench.serve_all();
+    assert_eq!(bench.done.len(), 3);
+    assert_eq!(bench.result(2), Some(Ok(Bytes::new())));
+}
+
+#[test]
+fn requests_of_no_length_are_answered_without_a_word() {
+    let mut bench = Bench::serving(map(1, &[&[(1, Active)]]));
+    bench.write(1, 0, 0);
+    assert!(bench.is_done(1) && bench.flying.is_empty());
+}
