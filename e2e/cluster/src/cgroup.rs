@@ -70,6 +70,13 @@ pub fn contains(name: &str, pid: i32) -> bool {
     text.lines().any(|line| line.splitn(3, ':').nth(2).is_some_and(|path| below(path, name)))
 }
 
+/// Whether some part of the process's cgroup path is one of `parts`, as the id of a container is.
+#[must_use]
+pub fn in_any(pid: i32, parts: &[&str]) -> bool {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    text.lines().any(|line| line.split('/').any(|part| parts.contains(&part)))
+}
+
 /// All processes of cgroup `name`, over all hierarchies.
 #[must_use]
 pub fn pids(name: &str) -> Vec<i32> {

@@ -6,8 +6,11 @@
 //! Invariant: every step of `up` checks for what is there already, so a second `up` only mends what is missing.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+
+use rustix::fs::{FlockOperation, flock};
 
 use crate::certificates::{self, CertificateError};
 use crate::cgroup;
@@ -49,6 +52,12 @@ pub enum ClusterError {
     /// Its state file is not one.
     #[error("{0} is not a cluster's state: {1}")]
     State(PathBuf, serde_json::Error),
+    /// The pod is not yet on a node of the cluster.
+    #[error("the pod is not on a node yet")]
+    NotPlaced,
+    /// Another program works on this cluster.
+    #[error("another lamina-cluster is at work on {0}: try again when it has ended")]
+    Busy(PathBuf),
     /// The cluster has no such node.
     #[error("the cluster has no node {0}")]
     NoSuchNode(NodeId),
@@ -100,6 +109,7 @@ impl Cluster {
     /// # Errors
     /// Not root, no programs, no slot, or any step fails; what was made so far stays for [`Cluster::down`].
     pub fn up(dir: PathBuf, tools: &Tools, nodes: u8, progress: Progress<'_>) -> Result<Self, ClusterError> {
+        let _alone = alone(&dir)?;
         let layout = prepare(dir, tools, nodes)?;
         let cluster = Self { layout, tools: tools.clone() };
         let layout = &cluster.layout;
@@ -139,7 +149,10 @@ impl Cluster {
     /// # Errors
     /// Something could not be removed; the rest is gone all the same.
     pub fn down(dir: &Path, progress: Progress<'_>) -> Result<(), ClusterError> {
-        let Ok(dir) = dir.canonicalize() else { return Ok(()) };
+        let Ok(dir) = dir.canonicalize() else {
+            return Ok(());
+        };
+        let _alone = alone(&dir)?;
         // A state file that a crash left broken still leaves the claim, and nodes are found by their cgroups.
         let state = read_state(&dir).unwrap_or_default();
         let Some(slot) = slot::held_by(&dir)?.or(state.map(|state| state.slot)) else {
@@ -250,7 +263,6 @@ impl Cluster {
         self.kill_node(node)?;
         let mut stale = control_plane::heartbeats(&self.layout, &self.tools)?;
         stale.retain(|name, _| *name == node.to_string());
-        node::forget_boot(&self.layout, node)?;
         network::heal(&self.layout, &[node])?;
         step(progress, &format!("node {node} (containerd, kubelet)"), || self.start_node(node, &[]))?;
         step(progress, "node Ready", || Ok(control_plane::await_nodes(&self.layout, &self.tools, &stale)?))
@@ -263,6 +275,24 @@ impl Cluster {
     pub fn signal(&self, node: NodeId, daemon: &str, signal: &str) -> Result<(), ClusterError> {
         self.know(&[node])?;
         Ok(process::signal(&self.layout, Place::Node(node), daemon, signal)?)
+    }
+
+    /// Sends STOP, CONT, TERM or KILL to all processes of a pod's containers, past Kubernetes; returns how many there were.
+    ///
+    /// # Errors
+    /// No such pod or signal, or the API server does not answer.
+    pub fn signal_pod(&self, namespace: &str, pod: &str, signal: &str) -> Result<usize, ClusterError> {
+        let path = r#"jsonpath={.spec.nodeName}{range .status.containerStatuses[*]} {.containerID}{end}"#;
+        let seen = self.kubectl(&["-n", namespace, "get", "pod", pod, "-o", path])?;
+        let mut words = seen.split_whitespace();
+        let node: NodeId = words.next().and_then(|name| name.parse().ok()).ok_or(ClusterError::NotPlaced)?;
+        let containers: Vec<&str> = words.filter_map(|id| id.strip_prefix("containerd://")).collect();
+        let signal = process::signal_number(signal)?;
+        let pids: Vec<i32> = self.pids_of(node).into_iter().filter(|pid| cgroup::in_any(*pid, &containers)).collect();
+        for pid in &pids {
+            process::send(&format!("{pid} of {pod}"), *pid, signal)?;
+        }
+        Ok(pids.len())
     }
 
     /// Runs a program in a node's namespaces and returns what it printed.
@@ -313,6 +343,9 @@ impl Cluster {
     }
 
     fn start_node(&self, node: NodeId, images: &[PathBuf]) -> Result<(), ClusterError> {
+        if !self.is_on(node) {
+            node::forget_boot(&self.layout, node)?;
+        }
         node::start_runtime(&self.layout, &self.tools, node)?;
         for tar in images {
             node::import_image(&self.layout, &self.tools, node, tar)?;
@@ -358,6 +391,16 @@ fn prepare(dir: PathBuf, tools: &Tools, nodes: u8) -> Result<Layout, ClusterErro
     let state = serde_json::to_string(&State { slot, nodes }).expect("two numbers are JSON");
     write(&state_file(&dir), &state)?;
     Ok(Layout { dir, slot, nodes })
+}
+
+/// Held while a cluster is brought up or down, on the state directory itself; the kernel lets go of it when the program ends.
+fn alone(dir: &Path) -> Result<File, ClusterError> {
+    at(dir, std::fs::create_dir_all(dir))?;
+    let held = at(dir, File::open(dir))?;
+    match flock(&held, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(held),
+        Err(_) => Err(ClusterError::Busy(dir.to_path_buf())),
+    }
 }
 
 fn state_file(dir: &Path) -> PathBuf {

@@ -20,6 +20,7 @@ const EXAMPLES: &str = "Examples:
   lamina-cluster cut n1 n2                   n1 and n2 see only each other; `heal` undoes it
   lamina-cluster kill-node n2                as a power cut; `restart-node n2` switches it on
   lamina-cluster signal n1 kubelet STOP      freezes a kubelet; CONT lets it go on
+  lamina-cluster signal-pod -n lamina storage-0 KILL
   lamina-cluster down                        removes everything
 
 Needs root. It writes to its state directory and its cache; it makes network namespaces, cgroups and one veth
@@ -91,6 +92,16 @@ enum Verb {
         node: NodeId,
         /// kubelet or containerd
         daemon: String,
+        /// STOP, CONT, TERM or KILL
+        signal: String,
+    },
+    /// Send a signal to all processes of a pod's containers, past Kubernetes
+    SignalPod {
+        /// Its namespace
+        #[arg(short, long, default_value = "default")]
+        namespace: String,
+        /// Its name
+        pod: String,
         /// STOP, CONT, TERM or KILL
         signal: String,
     },
@@ -195,6 +206,10 @@ fn with_cluster(cluster: &Cluster, verb: Verb) -> Result<()> {
         Verb::KillNode { node } => cluster.kill_node(node)?,
         Verb::RestartNode { node } => cluster.restart_node(node, &say)?,
         Verb::Signal { node, daemon, signal } => cluster.signal(node, &daemon, &signal)?,
+        Verb::SignalPod { namespace, pod, signal } => {
+            let count = cluster.signal_pod(&namespace, &pod, &signal)?;
+            say(&format!("{signal} sent to {count} processes"));
+        }
         Verb::Enter { node, argv } => {
             let enter = process::node_namespaces(cluster.layout(), node)?;
             let argv = if argv.is_empty() { vec!["sh".to_owned()] } else { argv };

@@ -19,24 +19,50 @@ pub const SERVICE_ADDRESS: &str = "10.96.0.1";
 
 const MAIN_BRIDGE: &str = "br0";
 
-/// Makes all that is missing of namespaces, bridge, cables and routes.
+/// Says on a namespace's `lo` that all in it was made: a crash leaves it unsaid, and the next `up` begins it anew.
+const COMPLETE: &str = "lamina-complete";
+
+/// Makes all that is missing of namespaces, bridge, cables and routes. A control plane made anew takes all nodes with it, as
+/// their cables end there.
 ///
 /// # Errors
 /// A namespace or interface cannot be made.
 pub fn make(layout: &Layout) -> Result<(), HostError> {
-    let spaces = namespaces(layout)?;
-    let missing: Vec<Place> = layout.places().filter(|place| !spaces.contains(&layout.name_of(*place))).collect();
-    for place in &missing {
-        run(&["ip", "netns", "add", &layout.name_of(*place)])?;
-    }
-    if missing.contains(&Place::ControlPlane) {
+    let there = all_namespaces()?;
+    let anew = !is_complete(layout, Place::ControlPlane, &there)?;
+    if anew {
+        add_namespace(layout, Place::ControlPlane, &there)?;
         make_bridge(layout)?;
         connect_host(layout)?;
+        complete(layout, Place::ControlPlane)?;
     }
-    for node in layout.node_ids().filter(|node| missing.contains(&Place::Node(*node))) {
-        connect_node(layout, node)?;
+    for node in layout.node_ids() {
+        let place = Place::Node(node);
+        if anew || !is_complete(layout, place, &there)? {
+            add_namespace(layout, place, &there)?;
+            connect_node(layout, node)?;
+            complete(layout, place)?;
+        }
     }
     Ok(())
+}
+
+fn is_complete(layout: &Layout, place: Place, there: &[String]) -> Result<bool, HostError> {
+    let name = layout.name_of(place);
+    Ok(there.contains(&name) && run(&["ip", "-n", &name, "link", "show", "dev", "lo"])?.contains(COMPLETE))
+}
+
+fn complete(layout: &Layout, place: Place) -> Result<(), HostError> {
+    run(&["ip", "-n", &layout.name_of(place), "link", "set", "dev", "lo", "alias", COMPLETE]).map(drop)
+}
+
+/// A new namespace; a half-made one of that name goes first.
+fn add_namespace(layout: &Layout, place: Place, there: &[String]) -> Result<(), HostError> {
+    let name = layout.name_of(place);
+    if there.contains(&name) {
+        run(&["ip", "netns", "del", &name])?;
+    }
+    run(&["ip", "netns", "add", &name]).map(drop)
 }
 
 /// Removes the namespaces and the machine's end of its cable, whatever is there of them.
@@ -45,9 +71,7 @@ pub fn make(layout: &Layout) -> Result<(), HostError> {
 /// The kernel refuses a removal.
 pub fn remove(slot: u8) -> Result<(), HostError> {
     let interface = Layout { dir: "/".into(), slot, nodes: 0 }.host_interface();
-    if run(&["ip", "-o", "link", "show", "dev", &interface]).is_ok() {
-        run(&["ip", "link", "del", &interface])?;
-    }
+    remove_link(&[], &interface)?;
     let prefix = format!("lamina{slot}-");
     for name in all_namespaces()?.iter().filter(|name| name.starts_with(&prefix)) {
         run(&["ip", "netns", "del", name])?;
@@ -113,6 +137,7 @@ fn make_bridge(layout: &Layout) -> Result<(), HostError> {
 
 fn connect_host(layout: &Layout) -> Result<(), HostError> {
     let (interface, space) = (layout.host_interface(), layout.name_of(Place::ControlPlane));
+    remove_link(&[], &interface)?;
     let address = format!("{}/24", layout.host_address());
     let via = layout.control_plane_address().to_string();
     run(&["ip", "link", "add", &interface, "type", "veth", "peer", "name", "host", "netns", &space])?;
@@ -126,6 +151,7 @@ fn connect_host(layout: &Layout) -> Result<(), HostError> {
 fn connect_node(layout: &Layout, node: NodeId) -> Result<(), HostError> {
     let (port, space) = (node.to_string(), layout.name_of(Place::Node(node)));
     let inside = |words: &[&str]| run(&[&["ip", "-n", &space], words].concat());
+    remove_link(&["-n", &layout.name_of(Place::ControlPlane)], &port)?;
     in_control_plane(layout, &["link", "add", &port, "type", "veth", "peer", "name", "eth0", "netns", &space])?;
     in_control_plane(layout, &["link", "set", &port, "master", MAIN_BRIDGE, "up"])?;
     inside(&["link", "set", "lo", "up"])?;
@@ -137,6 +163,17 @@ fn connect_node(layout: &Layout, node: NodeId) -> Result<(), HostError> {
         inside(&["route", "add", &layout.pods_of(other), "via", &layout.node_address(other).to_string()])?;
     }
     forward(layout, Place::Node(node))
+}
+
+/// A namespace ends a little after its name is gone, and its cables with it: one of that name may still be there.
+fn remove_link(space: &[&str], interface: &str) -> Result<(), HostError> {
+    let show = [&["ip"], space, &["-o", "link", "show", "dev", interface]].concat();
+    if run(&show).is_err() {
+        return Ok(());
+    }
+    let deleted = run(&[&["ip"], space, &["link", "del", interface]].concat());
+    // It may have gone by itself in between.
+    if run(&show).is_err() { Ok(()) } else { deleted.map(drop) }
 }
 
 fn forward(layout: &Layout, place: Place) -> Result<(), HostError> {
@@ -176,11 +213,6 @@ fn remove_empty_bridges(layout: &Layout) -> Result<(), HostError> {
 fn in_control_plane(layout: &Layout, words: &[&str]) -> Result<String, HostError> {
     let space = layout.name_of(Place::ControlPlane);
     run(&[&["ip", "-n", &space], words].concat())
-}
-
-fn namespaces(layout: &Layout) -> Result<Vec<String>, HostError> {
-    let prefix = format!("lamina{}-", layout.slot);
-    Ok(all_namespaces()?.into_iter().filter(|name| name.starts_with(&prefix)).collect())
 }
 
 fn all_namespaces() -> Result<Vec<String>, HostError> {

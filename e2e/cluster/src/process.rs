@@ -8,6 +8,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::cgroup;
@@ -155,17 +156,35 @@ pub fn node_namespaces(layout: &Layout, node: NodeId) -> Result<Vec<String>, Pro
 /// # Errors
 /// It does not run, the signal is another, or the kernel refuses.
 pub fn signal(layout: &Layout, place: Place, name: &str, signal: &str) -> Result<(), ProcessError> {
-    let number = match signal.trim_start_matches("SIG") {
-        "STOP" => Signal::STOP,
-        "CONT" => Signal::CONT,
-        "TERM" => Signal::TERM,
-        "KILL" => Signal::KILL,
-        other => return Err(ProcessError::NoSuchSignal(other.to_owned())),
-    };
-    let pid = pid_of(layout, place, name)
-        .and_then(Pid::from_raw)
-        .ok_or_else(|| ProcessError::NotRunning { name: name.to_owned(), place })?;
-    kill_process(pid, number).map_err(|error| ProcessError::Signal { name: name.to_owned(), source: error.into() })
+    let number = signal_number(signal)?;
+    let pid = pid_of(layout, place, name).ok_or_else(|| ProcessError::NotRunning { name: name.to_owned(), place })?;
+    send(name, pid, number)
+}
+
+/// STOP, CONT, TERM or KILL, with or without SIG before it.
+///
+/// # Errors
+/// The name is another.
+pub fn signal_number(name: &str) -> Result<Signal, ProcessError> {
+    match name.trim_start_matches("SIG") {
+        "STOP" => Ok(Signal::STOP),
+        "CONT" => Ok(Signal::CONT),
+        "TERM" => Ok(Signal::TERM),
+        "KILL" => Ok(Signal::KILL),
+        other => Err(ProcessError::NoSuchSignal(other.to_owned())),
+    }
+}
+
+/// Sends a signal; a process that has ended meanwhile is no error.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn send(name: &str, pid: i32, signal: Signal) -> Result<(), ProcessError> {
+    let Some(pid) = Pid::from_raw(pid) else { return Ok(()) };
+    match kill_process(pid, signal) {
+        Ok(()) | Err(Errno::SRCH) => Ok(()),
+        Err(error) => Err(ProcessError::Signal { name: name.to_owned(), source: error.into() }),
+    }
 }
 
 fn launch(layout: &Layout, tools: &Tools, daemon: &Daemon<'_>, enter: &[String]) -> Result<(), ProcessError> {
