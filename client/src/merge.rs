@@ -22,12 +22,19 @@ use order::{Change, Order};
 /// A volume that takes requests of any address and length and hands whole blocks to the target behind it.
 pub struct Aligned<T: BlockTarget + ?Sized> {
     order: Arc<Order<T>>,
+    merges: bool,
 }
 
 impl<T: BlockTarget + ?Sized + 'static> Aligned<T> {
     /// Stand in front of `target`. All front ends of one volume must share one `Aligned`.
     pub fn new(target: Arc<T>) -> Self {
-        Self { order: Arc::new(Order::new(target)) }
+        Self { order: Arc::new(Order::new(target)), merges: true }
+    }
+
+    /// The same for a volume that other sessions write too: a merge would undo what they write between its read and its
+    /// write, so a change that is not whole blocks is [`BlockError::Invalid`].
+    pub fn shared(target: Arc<T>) -> Self {
+        Self { merges: false, ..Self::new(target) }
     }
 }
 
@@ -55,6 +62,7 @@ impl<T: BlockTarget + ?Sized + 'static> BlockTarget for Aligned<T> {
             BlockOp::Read { .. } if whole => self.order.target().submit(request),
             BlockOp::Read { .. } => wide_read::start(self.order.target(), request, address, length),
             BlockOp::Discard { .. } => self.discard(request, address, length),
+            _ if !whole && !self.merges => answer(&request, Err(BlockError::Invalid)),
             _ => self.order.enter(Change { request, first: address, end: address + length, whole }),
         }
     }

@@ -12,7 +12,9 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 use tokio::sync::OwnedSemaphorePermit;
@@ -62,6 +64,21 @@ impl Holder {
     /// An empty one.
     pub fn new() -> Arc<Self> {
         Arc::default()
+    }
+
+    /// Make the socket at `path`, for root only, in place of one that a holder before this one left, and serve.
+    pub async fn serve_at(self: Arc<Self>, path: &Path) -> io::Result<()> {
+        if UnixStream::connect(path).is_ok() {
+            return Err(io::ErrorKind::AddrInUse.into());
+        }
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let listener = tokio::net::UnixListener::bind(path)?;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+        self.serve(listener).await;
+        Ok(())
     }
 
     /// Serve clients until the future is dropped; those that are connected are served on until they leave. Never ends by

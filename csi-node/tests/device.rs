@@ -174,6 +174,30 @@ fn a_process_that_hangs_is_ended_by_the_take_over_and_costs_no_error() {
 }
 
 #[test]
+fn a_killed_holder_costs_nothing_and_its_successor_hands_over_too() {
+    let Some(scene) = Scene::new("holder_killed", &["fio"]) else { return };
+    let mut holder = scene.start_holder();
+    let mut serving = scene.start_serving(child::ATTACH);
+    let path = serving.device_path();
+    let mut fio = scene.start_fio(&path, "24M");
+    holder.kill();
+    let _holder = scene.start_holder();
+    let client = scene.holder_client();
+    let asked = Instant::now();
+    while client.list().unwrap().is_empty() {
+        assert!(asked.elapsed() < Duration::from_secs(20), "the device is put again");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert!(fio.is_running(), "fio still runs, else this proves nothing");
+    serving.kill();
+    serving = scene.start_serving(child::RESUME);
+    assert_eq!(serving.device_path(), path);
+    fio.finish();
+    serving.say("detach");
+    scene.assert_nothing_left();
+}
+
+#[test]
 fn a_mounted_file_system_lives_through_a_take_over() {
     let Some(scene) = Scene::new("take_over_fs", &["mkfs.ext4", "fsck.ext4"]) else { return };
     let _holder = scene.start_holder();

@@ -152,6 +152,21 @@ fn requests_outside_the_volume_or_too_long_are_refused_whole() {
 }
 
 #[test]
+fn a_shared_volume_takes_whole_blocks_and_any_read_but_merges_nothing() {
+    let ram = Arc::new(RamVolume::new(SIZE));
+    let shared = Aligned::shared(ram.clone());
+    let sink = Arc::new(Collected::default());
+    let zeroes = BlockOp::WriteZeroes { address: 4096, length: 5, fua: false };
+    for (tag, op) in
+        [write(0, 1, 4096), write(1, 2, 1), zeroes, BlockOp::Read { address: 1, length: 1 }].into_iter().enumerate()
+    {
+        ask(&shared, &sink, tag as u64, op);
+    }
+    let invalid = Err(BlockError::Invalid);
+    assert_eq!(sink.take(), [(0, Ok(Bytes::new())), (1, invalid.clone()), (2, invalid), (3, Ok(vec![1].into()))]);
+}
+
+#[test]
 fn a_change_of_the_same_block_waits_for_a_merge_and_others_do_not() {
     let slow = Slow::new();
     let aligned = Aligned::new(slow.clone());

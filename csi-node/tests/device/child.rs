@@ -30,14 +30,12 @@ pub(crate) fn main() {
 
 fn hold(directory: &Path) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(async {
-        let listener = tokio::net::UnixListener::bind(directory.join("holder.sock")).unwrap();
-        let serving = tokio::spawn(Holder::new().serve(listener));
-        println!("\nready");
-        tokio::task::spawn_blocking(|| std::io::stdin().lines().count()).await.unwrap();
-        serving.abort();
+    let socket = directory.join("holder.sock");
+    std::thread::spawn(|| {
+        let _ = std::io::stdin().lines().count();
+        std::process::exit(0);
     });
-    std::process::exit(0);
+    runtime.block_on(Holder::new().serve_at(&socket)).unwrap();
 }
 
 fn serve(role: &str, directory: &Path) {
@@ -96,10 +94,6 @@ impl Process {
             line.clear();
         }
         panic!("the child process ended without the word that was waited for");
-    }
-
-    pub(crate) fn wait_ready(&mut self) {
-        self.wait_for(|line| line == "ready");
     }
 
     /// Wait until it serves its device.

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub(crate) const MIB: u64 = 1 << 20;
 
@@ -61,13 +61,21 @@ impl Scene {
     }
 
     pub(crate) fn start_holder(&self) -> Process {
-        let mut holder = Process::start(HOLDER, &self.volume, self.directory.path());
-        holder.wait_ready();
+        let holder = Process::start(HOLDER, &self.volume, self.directory.path());
+        let asked = Instant::now();
+        while HolderClient::connect(&self.socket()).is_err() {
+            assert!(asked.elapsed() < Duration::from_secs(20), "the holder comes up");
+            std::thread::sleep(Duration::from_millis(10));
+        }
         holder
     }
 
     pub(crate) fn holder_client(&self) -> HolderClient {
-        HolderClient::connect(&self.directory.path().join("holder.sock")).unwrap()
+        HolderClient::connect(&self.socket()).unwrap()
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.directory.path().join("holder.sock")
     }
 
     pub(crate) fn start_serving(&self, role: &str) -> Process {
