@@ -48,7 +48,8 @@ struct Numbers {
     confirmed: u64,
 }
 
-fn put_frame(out: &mut Vec<u8>, kind: u8, class: Class, numbers: &Numbers, body: &[u8], payload: &[u8]) {
+/// Everything but the payload.
+fn put_head(out: &mut Vec<u8>, kind: u8, class: Class, numbers: &Numbers, body: &[u8], payload: &[u8]) {
     let start = out.len();
     ((HEADER_BYTES + body.len() + payload.len()) as u32).put(out);
     WIRE_VERSION.put(out);
@@ -67,6 +68,10 @@ fn put_frame(out: &mut Vec<u8>, kind: u8, class: Class, numbers: &Numbers, body:
     let header_crc = crc(&[&out[start..], body]);
     header_crc.put(out);
     out.extend_from_slice(body);
+}
+
+fn put_frame(out: &mut Vec<u8>, kind: u8, class: Class, numbers: &Numbers, body: &[u8], payload: &[u8]) {
+    put_head(out, kind, class, numbers, body, payload);
     out.extend_from_slice(payload);
 }
 
@@ -130,6 +135,12 @@ fn read_body<T: Wire>(kind: u8, body: &[u8]) -> Result<T, Framing> {
 
 /// Appends a request.
 pub fn put_request(frame: &RequestFrame, out: &mut Vec<u8>) {
+    put_request_head(frame, out);
+    out.extend_from_slice(&frame.payload);
+}
+
+/// Appends a request without its payload, which must follow: a sender of large payloads does not copy them.
+pub fn put_request_head(frame: &RequestFrame, out: &mut Vec<u8>) {
     let h = &frame.header;
     let numbers = Numbers {
         request: h.request.0,
@@ -141,7 +152,7 @@ pub fn put_request(frame: &RequestFrame, out: &mut Vec<u8>) {
         confirmed: h.confirmed.0,
     };
     let (kind, body) = body_bytes(&frame.body);
-    put_frame(out, kind, h.class, &numbers, &body, &frame.payload);
+    put_head(out, kind, h.class, &numbers, &body, &frame.payload);
 }
 
 /// Appends a reply.
