@@ -5,7 +5,6 @@
 //!
 //! Invariant: every step of `up` checks for what is there already, so a second `up` only mends what is missing.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -124,11 +123,13 @@ impl Cluster {
         let images = step(progress, "pause and busybox images", || {
             Ok([image::pause().build_cached()?, image::busybox().build_cached()?])
         })?;
+        let mut stale = control_plane::heartbeats(layout, tools)?;
+        stale.retain(|name, _| name.parse().is_ok_and(|node| !cluster.is_on(node)));
         for id in layout.node_ids() {
             step(progress, &format!("node {id} (containerd, kubelet)"), || cluster.start_node(id, &images))?;
         }
         step(progress, "nodes Ready", || {
-            control_plane::await_nodes(layout, tools, &BTreeMap::new())?;
+            control_plane::await_nodes(layout, tools, &stale)?;
             Ok(control_plane::await_service_account(layout, tools)?)
         })?;
         Ok(cluster)

@@ -70,6 +70,13 @@ impl Recipe {
         Self { name: name.to_owned(), ..Self::default() }
     }
 
+    /// The same under another name.
+    #[must_use]
+    pub fn named(mut self, name: &str) -> Self {
+        self.name = name.to_owned();
+        self
+    }
+
     /// The image's name.
     #[must_use]
     pub fn name(&self) -> &str {
@@ -258,13 +265,7 @@ pub fn postgres() -> Recipe {
 /// e2fsprogs, xfsprogs, mount, losetup and busybox: the base of the storage programs' images.
 #[must_use]
 pub fn storage_tools() -> Recipe {
-    storage_base(STORAGE)
-}
-
-/// As [`storage_tools`], under another name, for adding programs.
-#[must_use]
-pub fn storage_base(name: &str) -> Recipe {
-    Recipe::new(name)
+    Recipe::new(STORAGE)
         .with_busybox()
         .with_debs(["e2fsprogs", "xfsprogs", "util-linux", "mount", "dash"])
         .without_debs(installing())

@@ -16,6 +16,8 @@ const EXAMPLES: &str = "Examples:
   lamina-cluster kubectl -- get nodes -o wide
   export KUBECONFIG=$(lamina-cluster kubeconfig)
   lamina-cluster build-image --preset postgres -o postgres.tar
+  lamina-cluster build-image --name lamina.dev/csi-node:dev --preset storage-tools \
+      --bin target/release/csi-node:/usr/bin/csi-node --entrypoint /usr/bin/csi-node -o csi-node.tar
   lamina-cluster image postgres.tar          into all nodes
   lamina-cluster cut n1 n2                   n1 and n2 see only each other; `heal` undoes it
   lamina-cluster kill-node n2                as a power cut; `restart-node n2` switches it on
@@ -132,8 +134,8 @@ struct ImageArguments {
     /// Start from a ready recipe; the options below add to it
     #[arg(long)]
     preset: Option<Preset>,
-    /// Name with tag, such as lamina.dev/operator:dev; needed without --preset
-    #[arg(long, required_unless_present = "preset", conflicts_with = "preset")]
+    /// Name with tag, such as lamina.dev/operator:dev; with --preset in place of its own
+    #[arg(long, required_unless_present = "preset")]
     name: Option<String>,
     /// Add busybox with links for its tools
     #[arg(long)]
@@ -225,7 +227,11 @@ fn build_image(wanted: ImageArguments) -> Result<()> {
         Some(Preset::Busybox) => image::busybox(),
         Some(Preset::Postgres) => image::postgres(),
         Some(Preset::StorageTools) => image::storage_tools(),
-        None => Recipe::new(wanted.name.as_deref().context("--name or --preset")?),
+        None => Recipe::default(),
+    };
+    let base = match &wanted.name {
+        Some(name) => base.named(name),
+        None => base,
     };
     let mut recipe = base.with_debs(wanted.deb).without_debs(wanted.without);
     if wanted.from_busybox {
