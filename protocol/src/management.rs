@@ -374,6 +374,7 @@ pub struct Leader {
     inventories: BTreeMap<ServerId, Inventory>,
     views: BTreeMap<ServerId, ServerView>,
     stale: BTreeMap<StaleKey, StaleSince>,
+    view_due: bool,
     /// When each volume wants to be looked at again.
     wakes: BTreeMap<VolumeId, Millis>,
 }
@@ -392,6 +393,7 @@ impl Leader {
             inventories: BTreeMap::new(),
             views: BTreeMap::new(),
             stale: BTreeMap::new(),
+            view_due: false,
             wakes: BTreeMap::new(),
         }
     }
@@ -410,6 +412,9 @@ impl Leader {
     pub fn handle(&mut self, now: Millis, input: Input, out: &mut Vec<Output>) {
         let concerned = self.take(now, input, out);
         let changed = self.beat(now, out);
+        if self.listed {
+            self.check_lease(out);
+        }
         match concerned {
             _ if !self.listed => {}
             Concerned::Volume(id) if !changed => self.advance(now, id, out),
@@ -421,11 +426,11 @@ impl Leader {
             _ => {
                 let ids: Vec<_> = self.volumes.keys().copied().collect();
                 ids.into_iter().for_each(|id| self.advance(now, id, out));
-                self.view_servers(out);
+                self.view_due = true;
             }
         }
-        if self.listed {
-            self.check_lease(out);
+        if std::mem::take(&mut self.view_due) {
+            self.view_servers(out);
         }
         let wake = self.wakes.values().copied().min().unwrap_or(Millis::NEVER);
         out.push(Output::WakeAt(wake.min(self.servers.next_beat()).max(now.after(1))));
@@ -451,8 +456,12 @@ impl Leader {
                 Concerned::All
             }
             Input::ServerGone { server } => {
-                if let Some(state) = self.servers.by_id.get_mut(&server) {
-                    state.object = None;
+                let named = |v: &Volume| v.map().is_some_and(|map| map.members().any(|m| m.server == server));
+                if self.volumes.values().any(named) {
+                    self.servers.meet(now, server).object = None;
+                } else {
+                    self.servers.by_id.remove(&server);
+                    self.views.remove(&server);
                 }
                 Concerned::All
             }
@@ -545,7 +554,7 @@ impl Leader {
             return Concerned::Nobody;
         }
         for (volume, generation) in stored {
-            self.with(now, volume, out, |volume, world| volume.heard_stored(world, server, generation));
+            self.with(now, volume, out, |volume, world| volume.heard_stored(world, generation));
         }
         let mut some = false;
         for (volume, generation) in behind {
@@ -570,7 +579,7 @@ impl Leader {
 
     fn take_report(&mut self, now: Millis, report: &DriverReport) -> Concerned {
         let Some(volume) = self.volumes.get_mut(&report.volume) else { return Concerned::Nobody };
-        if report.generation < volume.status().generation {
+        if report.generation != volume.status().generation || volume.change.is_some() {
             return Concerned::Nobody;
         }
         match report.trouble {
@@ -579,6 +588,8 @@ impl Leader {
                 self.servers.reported(now, report.server);
                 volume.stalled_until.insert(report.copy, now.after(STALLED_OUT_MS));
             }
+            // Before it has stored the committed map that says nothing.
+            Trouble::NotServing | Trouble::NoCopy if volume.served_at(report.server).is_none() => {}
             Trouble::NotServing | Trouble::NoCopy => {
                 volume.suspects.insert(report.copy);
             }
@@ -623,8 +634,10 @@ impl Leader {
     fn advance(&mut self, now: Millis, id: VolumeId, out: &mut Vec<Output>) {
         let wake = self.with(now, id, out, |volume, world| volume.advance(world));
         self.wakes.insert(id, wake.max(now.after(1)));
-        if let Some(volume) = self.volumes.get(&id) {
+        if let Some(volume) = self.volumes.get_mut(&id) {
             self.rooms.insert(id, volume.rooms());
+            self.view_due |= volume.viewed != volume.status().generation;
+            volume.viewed = volume.status().generation;
         } else {
             self.wakes.remove(&id);
         }

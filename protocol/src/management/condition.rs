@@ -63,6 +63,8 @@ pub enum Reason {
     Settling,
     /// Servers must answer first (R6).
     WaitingForServers,
+    /// The object's map is not one.
+    MapInvalid,
     /// A person must say which map to adopt.
     NewerMapFound,
     /// Sessions are still there.

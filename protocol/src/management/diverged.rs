@@ -68,6 +68,9 @@ impl Volume {
 
     /// Whether this volume may be changed. Asks servers if it is not known.
     pub(super) fn is_beyond_doubt(&mut self, world: &mut World<'_>) -> bool {
+        if !self.is_sound() {
+            return false;
+        }
         let blank = self.map().is_none() && self.status().generation == Generation(0);
         let reapplied = blank && !self.object.id_is_new && self.status().proposed.is_none();
         if self.doubt == Doubt::Unasked && (world.restored || reapplied) {
@@ -113,7 +116,7 @@ impl Volume {
         }
     }
 
-    pub(super) fn ask_answered(&mut self, world: &World<'_>, server: ServerId, reply: Option<ControlReply>) {
+    pub(super) fn ask_answered(&mut self, server: ServerId, reply: Option<ControlReply>) {
         let (Doubt::Asking(asked) | Doubt::Diverged(asked)) = &mut self.doubt else { return };
         let Some(ControlReply::Volume { volume }) = reply else { return };
         if let Some(report) = &volume {
@@ -121,7 +124,6 @@ impl Volume {
             asked.highest = asked.highest.max(report.map.as_ref().map_or(Generation(0), |map| map.generation));
         }
         asked.found.insert(server, volume);
-        let _ = world;
     }
 
     /// Takes a decision if there is one; `true` = the volume may be changed.
@@ -141,6 +143,10 @@ impl Volume {
             }
             Doubt::Asking(_) if self.unanswered(world).is_empty() => {
                 self.doubt = Doubt::Clear;
+                true
+            }
+            Doubt::Diverged(asked) if asked.highest <= generation => {
+                self.doubt = Doubt::Unasked;
                 true
             }
             Doubt::Diverged(asked) => {
@@ -181,32 +187,46 @@ impl Volume {
     }
 
     /// Any reply that shows a stored committed generation above the object's stops every change of the volume.
-    pub(super) fn compare_stored(&mut self, world: &mut World<'_>, server: ServerId, reply: Option<&ControlReply>) {
+    pub(super) fn compare_stored(&mut self, world: &mut World<'_>, reply: Option<&ControlReply>) {
         let stored = match reply {
             Some(ControlReply::Promised(promised)) => promised.stored,
             Some(ControlReply::Refused { stored, .. }) => *stored,
             _ => return,
         };
-        self.heard_stored(world, server, stored);
+        self.heard_stored(world, stored);
     }
 
     /// A server stores this committed generation. Another leader may have committed it just now: the object is read
     /// first.
-    pub(super) fn heard_stored(&mut self, world: &mut World<'_>, server: ServerId, stored: Generation) {
-        if stored <= self.tolerated() || self.map().is_none() && self.object.wishes.deleted {
+    pub(super) fn heard_stored(&mut self, world: &mut World<'_>, stored: Generation) {
+        if stored <= self.tolerated() || (self.map().is_none() && self.object.wishes.deleted) {
             return;
         }
         match &mut self.doubt {
             Doubt::Diverged(asked) | Doubt::Asking(asked) => asked.highest = asked.highest.max(stored),
             Doubt::Unasked | Doubt::Clear => {
-                // An answer to a write under way would tell as well; what was committed by it is stored at once.
+                // A write under way whose outcome is not known may be what is stored.
                 let ours = self.write.as_ref().is_some_and(|w| w.next.generation >= stored);
                 if !ours && !self.reading {
-                    self.doubt = Doubt::Asking(Asked { highest: Generation(0), ..Asked::default() });
+                    self.heard = stored;
                     self.read(world);
                 }
             }
         }
-        let _ = server;
+    }
+
+    /// The object was read anew: does it still lag behind what a server stores?
+    pub(super) fn compare_heard(&mut self) {
+        let heard = std::mem::take(&mut self.heard);
+        if heard > self.tolerated() {
+            self.doubt = Doubt::Asking(Asked { highest: heard, ..Asked::default() });
+        }
+    }
+
+    /// A map that contradicts itself or its object is nothing to plan from.
+    pub(super) fn is_sound(&self) -> bool {
+        self.map().is_none_or(|map| {
+            map.volume == self.id() && map.generation == self.status().generation && map.validate().is_ok()
+        })
     }
 }

@@ -22,6 +22,8 @@ use std::collections::{BTreeMap, BTreeSet};
 const OTHER_BOOT: BootId = BootId(u128::MAX);
 /// A server without room is asked again after this long, milliseconds.
 const FULL_MS: u64 = 60_000;
+/// What was refused is tried again after this long, if nothing wakes it before, milliseconds.
+const REFUSED_MS: u64 = 10_000;
 
 /// A change that is worth starting.
 #[derive(Debug)]
@@ -61,6 +63,7 @@ impl Volume {
             Ok(groups) => groups,
             Err(refusal) => {
                 self.refusal = Some(refusal);
+                world.wake_at(world.now.after(REFUSED_MS));
                 return None;
             }
         };
@@ -82,7 +85,9 @@ impl Volume {
         let mut goal = self.base_goal(world);
         let failing = self.must || self.is_failing(&map, world);
         let purpose = if failing {
-            goal.flushed = map.multi_session && map.sessions.len() > 1;
+            // A loss that the fence finds out would end all sessions (H5).
+            goal.flushed = map.multi_session;
+            self.leave_stalled(&map, &mut goal, world);
             if self.must { Purpose::Recover } else { Purpose::Failure }
         } else {
             self.planned_goal(&map, &mut goal, world)
@@ -157,11 +162,27 @@ impl Volume {
             ServerHealth::Alive if self.may_leave_out(world, m.server) => true,
             ServerHealth::Alive => {
                 let hint = world.servers.of(m.server).map(|server| server.hint(m));
-                hint != Some(Hint::Same) || self.suspects.contains(&m.copy)
+                hint != Some(Hint::Same) || self.suspects.contains(&m.copy) || self.stalls(map, m, world)
             }
             ServerHealth::Failed | ServerHealth::Foreign => true,
             ServerHealth::Unknown | ServerHealth::Suspected => false,
         })
+    }
+
+    /// A driver got no progress out of it, and its group can do without.
+    fn stalls(&self, map: &VolumeMap, m: &Member, world: &World<'_>) -> bool {
+        let Some((p, g, _)) = map.place_of(m.copy) else { return false };
+        let group = &map.placements[p as usize].groups[g as usize];
+        let good = |o: &&Member| world.servers.is_alive(o.server) && !self.is_stalled(o, world.now);
+        self.is_stalled(m, world.now) && group.in_state(MemberState::Active).filter(good).count() > 0
+    }
+
+    pub(super) fn is_stalled(&self, m: &Member, now: Millis) -> bool {
+        self.stalled_until.get(&m.copy).is_some_and(|until| *until > now)
+    }
+
+    fn leave_stalled(&self, map: &VolumeMap, goal: &mut Goal, world: &World<'_>) {
+        goal.leave.extend(map.members().filter(|m| self.stalls(map, m, world)).map(|m| m.copy));
     }
 
     fn planned_goal(&mut self, map: &VolumeMap, goal: &mut Goal, world: &mut World<'_>) -> Purpose {
@@ -219,8 +240,10 @@ impl Volume {
         goal: &mut Goal,
         world: &mut World<'_>,
     ) {
-        let stalled = |m: &Member| self.stalled_until.get(&m.copy).is_some_and(|until| *until > world.now);
-        let leaving = |m: &Member| world.servers.of(m.server).is_some_and(|s| s.alive.leaving) || stalled(m);
+        let waits = group.members.iter().filter_map(|m| self.stalled_until.get(&m.copy)).filter(|at| **at > world.now);
+        waits.for_each(|at| world.wake = world.wake.min(*at));
+        let asked = |m: &Member| world.servers.of(m.server).is_some_and(|s| s.alive.leaving);
+        let leaving = |m: &Member| asked(m) || self.is_stalled(m, world.now);
         let drained = |m: &Member| self.is_drained(m.server, world);
         goal.leave.extend(group.members.iter().filter(|m| leaving(m)).map(|m| m.copy));
         let wanted = self.object.wishes.policy.map_or(1, |p| usize::from(p.copies));
@@ -272,7 +295,10 @@ impl Volume {
                 let copy = CopyId((world.mint)());
                 goal.add.push(NewCopy { copy, server, placement, group: group_number, unsynced: true });
             }
-            Err(refusal) => self.refusal = Some(refusal),
+            Err(refusal) => {
+                self.refusal = Some(refusal);
+                world.wake_at(world.now.after(REFUSED_MS));
+            }
         }
     }
 
@@ -282,10 +308,9 @@ impl Volume {
 
     fn may_rejoin(&self, m: &Member, world: &World<'_>) -> bool {
         let Some(server) = world.servers.of(m.server).filter(|s| s.is_alive()) else { return false };
-        let stalled = self.stalled_until.get(&m.copy).is_some_and(|until| *until > world.now);
         // H24: it answers orders about this volume, for it has stored the committed map.
         let answers = self.served_at(m.server).is_some();
-        answers && !self.lost.contains(&m.copy) && !stalled && server.hint(m) != Hint::Closed
+        answers && !self.lost.contains(&m.copy) && !self.is_stalled(m, world.now) && server.hint(m) != Hint::Closed
     }
 
     /// Away for longer than `rebuildAfter`, or for ever.
@@ -374,9 +399,11 @@ impl Volume {
     }
 
     fn all_candidates(&self, world: &World<'_>) -> Vec<Candidate> {
-        let promised = world.rooms.values().flatten();
+        // What an abandoned proposal of this volume promised is free again.
+        let others = world.rooms.iter().filter(|(volume, _)| **volume != self.id()).flat_map(|(_, rooms)| rooms.clone());
+        let promised: Vec<_> = others.chain(self.mapped_rooms()).collect();
         let mut provisioned: BTreeMap<ServerId, u64> = BTreeMap::new();
-        promised.for_each(|(id, bytes)| *provisioned.entry(*id).or_default() += bytes);
+        promised.iter().for_each(|(id, bytes)| *provisioned.entry(*id).or_default() += bytes);
         let known = world.servers.by_id.iter().filter_map(|(id, s)| s.object.as_ref().map(|object| (id, s, object)));
         known
             .map(|(id, server, object)| {
@@ -395,13 +422,17 @@ impl Volume {
 
     /// Bytes that this volume is promised on servers.
     pub(super) fn rooms(&self) -> Vec<(ServerId, u64)> {
-        let Some(map) = self.map() else { return self.proposed_rooms() };
+        self.mapped_rooms().into_iter().chain(self.proposed_rooms()).collect()
+    }
+
+    fn mapped_rooms(&self) -> Vec<(ServerId, u64)> {
+        let Some(map) = self.map() else { return Vec::new() };
         let share = |m: &VolumeMap, placement: u32| {
             let groups = m.placements[placement as usize].groups.len() as u8;
             placement::share_bytes(m.size, groups, m.top().page_bytes)
         };
         let lie = map.groups().flat_map(|(p, _, group)| group.members.iter().map(move |m| (m.server, share(map, p))));
-        lie.chain(self.proposed_rooms()).collect()
+        lie.collect()
     }
 
     fn proposed_rooms(&self) -> Vec<(ServerId, u64)> {

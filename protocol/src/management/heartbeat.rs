@@ -150,7 +150,14 @@ impl Servers {
         self.by_id.values().map(|server| server.next_beat).min().unwrap_or(Millis::NEVER)
     }
 
-    /// A sign of life. `false` = it is not the server that was asked.
+    /// Asks a server no later than this.
+    pub(super) fn hurry(&mut self, id: ServerId, at: Millis) {
+        if let Some(server) = self.by_id.get_mut(&id) {
+            server.next_beat = server.next_beat.min(at);
+        }
+    }
+
+    /// A sign of life, or of another server in its place.
     pub(super) fn heard(&mut self, now: Millis, sent: Millis, id: ServerId, alive: Alive, foreign: bool) {
         let server = self.meet(now, id);
         server.foreign = foreign;

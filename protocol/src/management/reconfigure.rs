@@ -6,6 +6,7 @@
 
 use super::condition::EventReason;
 use super::goal::Start;
+use super::heartbeat::{Hint, too_many};
 use super::object::{Proposal, Purpose, RetiredCopy, Status, WriteKind};
 use super::plan::{Answer, First, Goal, Hold, Next, first_map, given_up, next_map};
 use super::serve::{AGAIN_MS, retire};
@@ -14,12 +15,14 @@ use super::{ServerHealth, Step};
 use crate::control::{ControlReply, ControlRequest, Fence, Promised};
 use crate::ids::{CopyId, Generation, LayerId, ServerId};
 use crate::limits::{FENCE_FAIL_MS, FENCE_PATIENCE_MS, MAX_FENCE_PATIENCE_MS, READ_LEASE_WAIT_MS};
-use crate::map::{MemberState, VolumeMap};
+use crate::map::{Member, MemberState, VolumeMap};
 use crate::time::Millis;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// New copies must be durable within this time, milliseconds.
 const PUT_PATIENCE_MS: u64 = 5_000;
+/// A member that did not answer the fence under which it would have rejoined is not tried again for this long, ms.
+const LATE_OUT_MS: u64 = 30_000;
 /// The flush ahead of the pause is waited for no longer than this, milliseconds.
 const FLUSH_PATIENCE_MS: u64 = 2_000;
 
@@ -39,6 +42,8 @@ pub(super) struct Change {
     done: BTreeSet<ServerId>,
     put: BTreeSet<CopyId>,
     answers: BTreeMap<ServerId, Answer>,
+    /// Said once that a device is closed.
+    closed: BTreeSet<ServerId>,
     asked: BTreeMap<ServerId, Millis>,
     last_answer: Millis,
 }
@@ -76,6 +81,7 @@ impl Volume {
             done: BTreeSet::new(),
             put: BTreeSet::new(),
             answers: BTreeMap::new(),
+            closed: BTreeSet::new(),
             asked: BTreeMap::new(),
             last_answer: world.now,
         });
@@ -242,8 +248,9 @@ impl Volume {
         let Some(change) = self.change.as_ref() else { return false };
         let waited = world.now.since(change.since);
         let answered = |ids: &BTreeSet<ServerId>| ids.iter().all(|id| change.answers.contains_key(id));
-        let complete = answered(&change.required) && (answered(&change.optional) || waited >= patience);
+        let complete = answered(&change.required) && (answered(&change.optional) || waited >= FENCE_PATIENCE_MS);
         if complete {
+            self.leave_late_ones(world);
             return self.evaluate(world);
         }
         if waited >= patience && !change.is_firm(self.map()) {
@@ -252,6 +259,15 @@ impl Volume {
         }
         world.wake_at(change.since.after(patience).max(world.now.after(AGAIN_MS / 4)));
         false
+    }
+
+    /// Members that would rejoin and did not answer in time cost no second pause for a while.
+    fn leave_late_ones(&mut self, world: &World<'_>) {
+        let (Some(change), Some(map)) = (self.change.as_ref(), self.object.status.map.as_ref()) else { return };
+        let late = |m: &&Member| change.optional.contains(&m.server) && !change.answers.contains_key(&m.server);
+        for m in map.members().filter(late) {
+            self.stalled_until.insert(m.copy, world.now.after(LATE_OUT_MS));
+        }
     }
 
     /// Servers that do not answer and have failed are left out by a failure change; any other change makes way for one.
@@ -264,8 +280,16 @@ impl Volume {
             return true;
         }
         if !change.proposal.purpose.is_failure() {
+            if self.map().is_none() {
+                self.full.extend(out.into_iter().map(|id| (id, world.now)));
+            }
             self.abandon(world, 0);
             return false;
+        }
+        let alive: Vec<_> = out.iter().copied().filter(|id| world.servers.is_alive(*id)).collect();
+        let members = self.object.status.map.iter().flat_map(VolumeMap::members);
+        for m in members.filter(|m| alive.contains(&m.server)) {
+            self.stalled_until.insert(m.copy, world.now.after(LATE_OUT_MS));
         }
         if let Some(change) = self.change.as_mut() {
             change.answers.extend(out.into_iter().map(|id| (id, Answer::LeftOut)));
@@ -306,6 +330,10 @@ impl Volume {
         reply: Option<ControlReply>,
     ) {
         let ours = |c: &Change| c.proposal.generation == generation && matches!(c.stage, Stage::Fence);
+        if matches!(reply, Some(ControlReply::Promised(_) | ControlReply::Refused { .. })) {
+            // A late answer counts as an answer.
+            self.fence_silent.remove(&server);
+        }
         if self.change.as_ref().is_none_or(|c| !ours(c)) {
             return;
         }
@@ -318,15 +346,17 @@ impl Volume {
                 self.floor = self.floor.max(promised);
                 self.abandon(world, 200);
             }
-            Some(ControlReply::NoCopy { copy }) => {
-                self.lost.insert(copy);
-                self.gone(server);
+            // Nothing of the volume is there any more.
+            Some(ControlReply::NoCopy { .. }) => {
+                let here = self.object.status.map.iter().flat_map(VolumeMap::members).filter(|m| m.server == server);
+                self.lost.extend(here.map(|m| m.copy));
+                self.gone(world, server, true);
             }
-            Some(ControlReply::DeviceClosed) => self.gone(server),
+            Some(ControlReply::DeviceClosed) => self.gone(world, server, false),
             _ => {
                 // Not delivered: sent again soon, for as long as the server counts as alive.
                 if let Some(change) = self.change.as_mut() {
-                    change.asked.insert(server, Millis(world.now.0.saturating_sub(2 * AGAIN_MS - AGAIN_MS / 4)));
+                    change.ask_soon(server, world.now);
                 }
             }
         }
@@ -336,8 +366,13 @@ impl Volume {
         if let Some(state) = world.servers.by_id.get_mut(&server) {
             state.learn_boots(world.now, promised.copies.iter().map(|report| report.boot));
         }
-        self.fence_silent.remove(&server);
+        let map = self.object.status.map.as_ref();
         let Some(change) = self.change.as_mut() else { return };
+        let lost = |m: &&Member| {
+            let closed = world.servers.of(server).is_none_or(|s| s.hint(m) == Hint::Closed);
+            m.server == server && !closed && promised.copies.iter().all(|report| report.copy != m.copy)
+        };
+        self.lost.extend(map.iter().flat_map(|m| m.members()).filter(lost).map(|m| m.copy));
         let first = !change.answers.values().any(|answer| matches!(answer, Answer::Promised(_)));
         change.answers.insert(server, Answer::Promised(promised));
         change.last_answer = world.now;
@@ -347,14 +382,15 @@ impl Volume {
         }
     }
 
-    /// Nothing of this server can serve: counts as an answer if the server has no other copy of the volume, for then
-    /// nothing there may still serve an older generation. Else it is as good as silent.
-    fn gone(&mut self, server: ServerId) {
-        let copies = self.map().map_or(0, |map| map.members().filter(|m| m.server == server).count());
+    /// Nothing of this volume can serve there: an answer, for nothing there serves an older generation either. A
+    /// device that was closed while the fence was carried out says nothing of the others: those are asked once more.
+    fn gone(&mut self, world: &World<'_>, server: ServerId, certain: bool) {
+        self.fence_silent.remove(&server);
         let Some(change) = self.change.as_mut() else { return };
-        if copies <= 1 {
-            self.fence_silent.remove(&server);
+        if certain || !change.closed.insert(server) {
             change.answers.insert(server, Answer::Gone);
+        } else {
+            change.ask_soon(server, world.now);
         }
     }
 
@@ -500,24 +536,38 @@ impl Volume {
     }
 
     /// Whether a server that does not answer this fence may be left out: it has failed, or has left fences unanswered
-    /// for 10 s although it answers heartbeats, unless so many do that the leader suspects itself.
+    /// for 10 s although it answers heartbeats, unless so many do that the leader suspects itself; or a driver got no
+    /// progress out of it and the leader gets none either.
     pub(super) fn may_leave_out(&self, world: &World<'_>, server: ServerId) -> bool {
         match world.servers.health(server) {
             ServerHealth::Failed | ServerHealth::Foreign => true,
             ServerHealth::Unknown | ServerHealth::Suspected => false,
             ServerHealth::Alive => {
-                let stuck = |s: &FenceSilence| {
-                    s.asked.since(s.since) + 2 * AGAIN_MS >= FENCE_FAIL_MS && world.now.since(s.since) >= FENCE_FAIL_MS
-                };
-                let all = self.fence_silent.values().filter(|s| stuck(s)).count();
-                self.fence_silent.get(&server).is_some_and(stuck)
-                    && !super::heartbeat::too_many(all, world.servers.by_id.len())
+                let Some(silence) = self.fence_silent.get(&server) else { return false };
+                let all = self.fence_silent.values().filter(|s| is_stuck(s, world.now)).count();
+                let stuck = is_stuck(silence, world.now) && !too_many(all, world.servers.by_id.len());
+                let mute = world.now.since(silence.since) >= FENCE_PATIENCE_MS;
+                stuck || (mute && self.is_stalled_at(server, world.now))
             }
         }
     }
+
+    fn is_stalled_at(&self, server: ServerId, now: Millis) -> bool {
+        let members = self.object.status.map.iter().flat_map(VolumeMap::members);
+        members.filter(|m| m.server == server).any(|m| self.is_stalled(m, now))
+    }
+}
+
+fn is_stuck(silence: &FenceSilence, now: Millis) -> bool {
+    silence.asked.since(silence.since) + 2 * AGAIN_MS >= FENCE_FAIL_MS && now.since(silence.since) >= FENCE_FAIL_MS
 }
 
 impl Change {
+    /// Sends the fence to this server again in a quarter of a second.
+    fn ask_soon(&mut self, server: ServerId, now: Millis) {
+        self.asked.insert(server, Millis((now.0 + AGAIN_MS / 4).saturating_sub(2 * AGAIN_MS)));
+    }
+
     /// Not given up: safety or somebody's I/O waits for it.
     fn is_firm(&self, map: Option<&VolumeMap>) -> bool {
         let settling = map.is_some_and(VolumeMap::settling);

@@ -91,8 +91,13 @@ impl Volume {
                 self.floor = self.floor.max(promised);
                 self.must |= self.change.is_none();
             }
-            Some(ControlReply::NoCopy { copy }) => {
-                self.suspects.insert(copy);
+            // Nothing of the volume is there: a fence finds out about members that serve; the others are lost.
+            Some(ControlReply::NoCopy { .. }) => {
+                let here: Vec<_> = self.map().iter().flat_map(|m| m.members()).filter(|m| m.server == server).collect();
+                let (lost, suspect): (Vec<_>, Vec<_>) =
+                    here.into_iter().map(|m| (m.copy, m.state)).partition(|(_, s)| *s == MemberState::Failed);
+                self.lost.extend(lost.into_iter().map(|(copy, _)| copy));
+                self.suspects.extend(suspect.into_iter().map(|(copy, _)| copy));
             }
             _ => {}
         }

@@ -121,6 +121,10 @@ impl Volume {
 
     fn diverged(&self, world: &World<'_>) -> Condition {
         let kind = ConditionKind::Diverged;
+        if !self.is_sound() {
+            let text = "the map in the object contradicts itself or the object: nothing is changed".to_string();
+            return Condition { kind, holds: true, reason: Reason::MapInvalid, text };
+        }
         match &self.doubt {
             Doubt::Unasked | Doubt::Clear => {
                 let text = "no server stores a newer map".to_string();

@@ -17,6 +17,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// A write whose outcome nobody knows is sent again after this long, milliseconds.
 const REWRITE_MS: u64 = 500;
+/// While a settle runs its servers are asked this often, milliseconds.
+const HURRY_MS: u64 = 100;
 
 /// What a call to a server is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,6 +119,8 @@ pub(super) struct Volume {
     pub(super) tries: u32,
     pub(super) served: BTreeMap<ServerId, Served>,
     pub(super) serving_told: Generation,
+    /// The generation of which servers' views have heard.
+    pub(super) viewed: Generation,
     pub(super) deleting: BTreeMap<CopyId, Deleting>,
     /// Since when a member is `Failed` as this leader knows.
     pub(super) failed_since: BTreeMap<CopyId, Millis>,
@@ -135,6 +139,8 @@ pub(super) struct Volume {
     /// Since when restarted members wait for a silent one (R15).
     pub(super) silent_since: Option<Millis>,
     pub(super) doubt: Doubt,
+    /// A stored generation above the object's, heard before it was read anew.
+    pub(super) heard: Generation,
     /// A person decided that stored maps up to this generation are given up (R6).
     pub(super) adopted: Generation,
     pub(super) conditions: Vec<Condition>,
@@ -157,6 +163,7 @@ impl Volume {
             tries: 0,
             served: BTreeMap::new(),
             serving_told: Generation(0),
+            viewed: Generation(0),
             deleting: BTreeMap::new(),
             failed_since: BTreeMap::new(),
             stalled_until: BTreeMap::new(),
@@ -167,6 +174,7 @@ impl Volume {
             unpromised_since: None,
             silent_since: None,
             doubt: Doubt::Unasked,
+            heard: Generation(0),
             adopted: Generation(0),
             conditions: Vec::new(),
             refusal: None,
@@ -199,11 +207,12 @@ impl Volume {
         }
         let news = source == Source::Read || object.status != *self.status();
         self.object = object;
-        if source == Source::Read {
-            self.reading = false;
-        }
         if news {
             self.found(now);
+        }
+        if source == Source::Read {
+            self.reading = false;
+            self.compare_heard();
         }
     }
 
@@ -229,6 +238,8 @@ impl Volume {
         let there = |copy: &CopyId| map.place_of(*copy).is_some();
         self.lost.retain(there);
         self.suspects.clear();
+        let serving = super::reconfigure::serving(map);
+        self.fence_silent.retain(|server, _| serving.contains(server));
         self.stalled_until.retain(|copy, until| there(copy) && *until > now);
     }
 
@@ -308,11 +319,11 @@ impl Volume {
 
     /// A server answered a call of this volume, or could not (`None`).
     pub(super) fn answered(&mut self, world: &mut World<'_>, call: Call, reply: Option<ControlReply>) {
-        self.compare_stored(world, call.server, reply.as_ref());
+        self.compare_stored(world, reply.as_ref());
         match call.what {
             What::Serve(generation) => self.serve_answered(world, call.server, generation, reply),
             What::Delete(copy) => self.delete_answered(world, copy, reply),
-            What::Ask => self.ask_answered(world, call.server, reply),
+            What::Ask => self.ask_answered(call.server, reply),
             What::Put(copy) => self.put_answered(world, copy, call.server, reply),
             What::Flush => self.flush_answered(call.server),
             What::Fence(generation) => self.fence_answered(world, call.server, generation, reply),
@@ -333,6 +344,11 @@ impl Volume {
             world.wake_at(write.again_at);
         }
         if !self.reading && self.write.is_none() && self.release.is_none() && self.is_beyond_doubt(world) {
+            if self.map().is_some_and(VolumeMap::settling) {
+                // Sessions are held: the end of the settle is to be heard of soon.
+                let serving = self.map().map(super::reconfigure::serving).unwrap_or_default();
+                serving.into_iter().for_each(|id| world.servers.hurry(id, world.now.after(HURRY_MS)));
+            }
             if self.change.is_some() {
                 self.advance_change(world);
             }
