@@ -27,7 +27,8 @@ mod wire;
 
 pub use transmission::Ended;
 
-/// What bounds one server. Each is a limit on memory that clients can make it use.
+/// What bounds one server. Together they limit the memory that clients can make it use: for each connection `bytes`, and
+/// one request of 32 MiB in each direction.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Requests of one connection that are not answered yet; at least 1.
@@ -43,7 +44,7 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { requests: 256, bytes: 64 << 20, connections: 64, handshake: Duration::from_secs(10) }
+        Self { requests: 256, bytes: 32 << 20, connections: 32, handshake: Duration::from_secs(10) }
     }
 }
 

@@ -41,7 +41,14 @@ pub fn list() -> io::Result<Vec<Mount>> {
 
 /// What is mounted on `point`, if anything: the topmost.
 pub fn at(point: &Path) -> io::Result<Option<Mount>> {
+    let point = as_listed(point);
     Ok(list()?.into_iter().rfind(|mount| mount.point == point))
+}
+
+/// The kernel lists mounts by their real paths. The last part is left as it is: to look at it may hang.
+fn as_listed(point: &Path) -> PathBuf {
+    let real = point.parent().and_then(|parent| parent.canonicalize().ok());
+    real.zip(point.file_name()).map_or_else(|| point.to_owned(), |(parent, name)| parent.join(name))
 }
 
 /// Ask the server of what is mounted on `point`, and wait for its answer at most `patience`. A stalled server costs a
@@ -96,6 +103,14 @@ mod tests {
         assert_eq!(mount.point, Path::new("/a b"));
         assert_eq!((mount.kind.as_str(), mount.source.as_str(), mount.device), ("fuse.lamina", "lamina", (0, 47)));
         assert_eq!(parse("garbage"), None);
+    }
+
+    #[test]
+    fn a_mount_is_found_by_a_path_with_a_symbolic_link() {
+        let directory = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("/", directory.path().join("root")).unwrap();
+        assert_eq!(at(&directory.path().join("root/proc")).unwrap().unwrap().kind, "proc");
+        assert_eq!(at(&directory.path().join("none")).unwrap(), None);
     }
 
     #[test]
