@@ -27,8 +27,8 @@ mod wire;
 
 pub use transmission::Ended;
 
-/// What bounds one server. Together they limit the memory that clients can make it use: for each connection `bytes`, and
-/// one request of 32 MiB in each direction.
+/// What bounds one server. Together they limit the memory that clients can make it use: `bytes` for each connection,
+/// and one request of 32 MiB in each direction.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Requests of one connection that are not answered yet; at least 1.

@@ -4,8 +4,8 @@
 //! a successor resumes it and the kernel's users see latency, no error (data-path.md, Attach). Three kinds exist behind
 //! the trait; `ublk` and the kernel's NBD client come later and say so.
 //!
-//! Everything here blocks: callers on an async runtime use a blocking thread. Nothing here decides who may serve: before
-//! [`resume`] is called, all members have refused the older incarnation (protocol.md §2).
+//! Everything here blocks: callers on an async runtime use a blocking thread. Nothing here decides who may serve:
+//! before [`resume`] is called, all members have refused the older incarnation (protocol.md §2).
 
 use crate::holder::{HolderClient, HolderError};
 use lamina_client::block::BlockTarget;

@@ -1,8 +1,8 @@
 //! `device-holder`: keeps the kernel's device descriptors while csi-node crashes, is upgraded or deleted.
 //!
 //! A process that serves a device puts the device's descriptor here, keyed by the volume's handle and with a small
-//! state in words of its own; its successor takes both. Invariant: a descriptor goes to a taker only after the socket of
-//! the one that had it last has closed, so never do two processes answer the same kernel requests; one that does not
+//! state in words of its own; its successor takes both. Invariant: a descriptor goes to a taker only after the socket
+//! of the one that had it last has closed, so never do two processes answer the same kernel requests; one that does not
 //! let go is killed after [`PATIENCE`] (data-path.md, Attach). The socket of a process closes only when its last thread
 //! is gone, so it cannot answer anything after that.
 //!
@@ -81,8 +81,8 @@ impl Holder {
         Ok(())
     }
 
-    /// Serve clients until the future is dropped; those that are connected are served on until they leave. Never ends by
-    /// itself: what is kept would be lost.
+    /// Serve clients until the future is dropped; those that are connected are served on until they leave. Never ends
+    /// by itself: what is kept would be lost.
     pub async fn serve(self: Arc<Self>, listener: tokio::net::UnixListener) {
         let places = Arc::new(tokio::sync::Semaphore::new(MAX_CLIENTS));
         loop {

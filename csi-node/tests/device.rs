@@ -1,6 +1,6 @@
 //! The device that pods see, on the real kernel: FUSE file, loop device, holder, successors.
 //!
-//! Needs root, `/dev/fuse` and loop devices; a test that lacks them, or a program, prints `skipped` with what is missing.
+//! Needs root, `/dev/fuse` and loop devices; a test that lacks them, or a program, prints `skipped` and what.
 //! Every test makes its own directory, mounts and loop devices and removes them also when it fails.
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used)]

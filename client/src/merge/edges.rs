@@ -5,8 +5,8 @@
 //! body: write, or write-zeroes -------------+--> all parts done --> answer
 //! tail: read block --patch--> write block --+
 //! ```
-//! The first error of any part is the answer; [`BlockError::Superseded`] outranks the others, because then the front end
-//! must not answer at all.
+//! The first error of any part is the answer; [`BlockError::Superseded`] outranks the others: the front end must not
+//! answer then.
 
 use super::order::{Change, Extent, Order};
 use super::{BLOCK_BYTES, is_whole, round_down};

@@ -1,7 +1,7 @@
 //! From the bytes of a connection to requests.
 //!
-//! Invariant: the buffer holds at most one chunk and one request of [`MAX_REQUEST_BYTES`]; the payload of a longer write
-//! is skipped as it arrives. A payload that is handed on pins about as much memory as it has bytes: short ones are
+//! Invariant: the buffer holds at most one chunk and one request of [`MAX_REQUEST_BYTES`]; that of a longer write is
+//! skipped as it arrives. A payload that is handed on pins about as much memory as it has bytes: short ones are
 //! copied out of the shared buffer, because the driver keeps them until they are flushed.
 
 use super::wire::{REQUEST_BYTES, Request, command};

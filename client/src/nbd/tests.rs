@@ -363,9 +363,9 @@ proptest! {
     }
 
     #[test]
-    fn truncated_and_odd_options_never_hang_or_panic(bytes in plausible_options(), keep in 0.0..1.0f64, odd in any::<[u8; 5]>()) {
+    fn truncated_and_odd_options_never_hang_or_panic(bytes in plausible_options(), keep in 0.0..1.0f64) {
         let keep = (bytes.len() as f64 * keep) as usize;
-        feed(&[&bytes[..keep], &odd].concat(), false);
+        feed(&[&bytes[..keep], b"odd"].concat(), false);
         feed(&bytes, false);
     }
 

@@ -5,8 +5,8 @@
 //! any  ----an answer is Superseded--------> Ended::Superseded, that request unanswered
 //! any  ----garbage or socket error--------> NbdError, at once
 //! ```
-//! Each time it is woken a connection takes all answers, writes them at once, reads what the window allows and hands all
-//! whole requests in.
+//! Each time it is woken a connection takes all answers, writes them at once, reads what the window allows and hands in
+//! all whole requests.
 
 use super::decoder::{Decoder, Frame};
 use super::outbox::Outbox;

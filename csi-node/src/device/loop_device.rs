@@ -162,7 +162,7 @@ impl LoopDevice {
             return Err(DeviceError::WrongMode { found, wanted });
         }
         if self.attribute("loop/dio").is_none_or(|value| value != "1") {
-            tracing::warn!(device = %self.path.display(), "loop device goes through the page cache twice: no direct I/O");
+            tracing::warn!(device = %self.path.display(), "loop device without direct I/O: cached twice");
         }
         Ok(self)
     }
@@ -226,8 +226,8 @@ impl LoopDevice {
         }
     }
 
-    /// The kernel removes the device when its last user closes it and has no event for that which needs no socket of its
-    /// own; the last user is a probe of udev, if any.
+    /// The kernel removes the device when its last user closes it and has no event for that which needs no socket of
+    /// its own; the last user is a probe of udev, if any.
     fn wait_until_gone(&self, name: &str) -> Result<(), DeviceError> {
         let asked = Instant::now();
         while self.is_over(name) {

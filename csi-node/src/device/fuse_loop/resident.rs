@@ -1,7 +1,7 @@
 //! Memory whose pages are always there.
 //!
-//! The kernel copies a request into a reader's buffer. If it has to bring in a page of it first and the process is being
-//! killed, it gives up and fails that request with EIO: an I/O error out of a mere crash of this process, which no
+//! The kernel copies a request into a reader's buffer. If it has to bring in a page of it first and the process is
+//! being killed, it gives up and fails that request with EIO: an I/O error out of a mere crash of this process, which no
 //! successor can undo. So a reader's buffer is brought in and locked before the first read; children that are forked do
 //! not share it (a shared page would have to be copied on the next write), and it is never merged into a huge page.
 
@@ -31,7 +31,7 @@ impl Resident {
         }
         // SAFETY: the range is this mapping.
         if let Err(error) = unsafe { mlock(memory.place(), length) } {
-            tracing::warn!(%error, "a buffer cannot be locked: a crash of this process short of memory may cost I/O errors");
+            tracing::warn!(%error, "a buffer cannot be locked: a crash when memory is short may cost I/O errors");
         }
         Ok(memory)
     }
