@@ -4,3 +4,4 @@ pub mod block;
 pub mod merge;
 pub mod nbd;
 pub mod ram;
+pub mod runtime;
