@@ -59,7 +59,8 @@ pub enum Choice {
 
 /// The choice for a group whose `Active` members were seen so. `silent_over`: the 60 s of R15 have passed.
 pub fn choose(active: &[(CopyId, Seen<'_>)], silent_over: bool) -> Choice {
-    let which = |wanted: fn(&Seen<'_>) -> bool| active.iter().filter(move |(_, seen)| wanted(seen)).map(|(copy, _)| *copy);
+    let which =
+        |wanted: fn(&Seen<'_>) -> bool| active.iter().filter(move |(_, seen)| wanted(seen)).map(|(copy, _)| *copy);
     let silent: Vec<_> = which(|seen| matches!(seen, Seen::Silent)).collect();
     if which(|seen| matches!(seen, Seen::Same(_))).next().is_some() {
         Choice::GoOn

@@ -4,13 +4,13 @@
 //! made with them. Only if it differs from the committed map is a change begun: nothing is fenced to find out. A wrong
 //! guess costs a pause, never safety; what is committed follows from the fence alone (H2).
 
+use super::ServerHealth;
 use super::heartbeat::Hint;
 use super::object::{NewCopy, Policy, Purpose};
 use super::placement::{self, Candidate, Need, Refusal};
 use super::plan::{Answer, Goal, Hold, differs, next_map};
 use super::reconfigure::serving;
 use super::volume::{Volume, World};
-use super::ServerHealth;
 use crate::control::{CopyReport, Promised, SettleName};
 use crate::ids::{BootId, CopyId, Generation, LayerId, ServerId};
 use crate::limits::{READ_LEASE_WAIT_MS, SILENT_MEMBER_MS};
@@ -22,6 +22,8 @@ use std::collections::{BTreeMap, BTreeSet};
 const OTHER_BOOT: BootId = BootId(u128::MAX);
 /// A server without room is asked again after this long, milliseconds.
 const FULL_MS: u64 = 60_000;
+/// A server that is back has so long to rejoin before its members are replaced, milliseconds.
+const BACK_MS: u64 = 10_000;
 /// What was refused is tried again after this long, if nothing wakes it before, milliseconds.
 const REFUSED_MS: u64 = 10_000;
 
@@ -101,7 +103,7 @@ impl Volume {
             }
             Err(hold) => {
                 self.note_hold(hold, world);
-                return None;
+                return self.ask_mute_ones(&map, goal, &guess, world);
             }
         };
         self.hold = None;
@@ -114,6 +116,19 @@ impl Volume {
         let new = next.map.members().filter(|m| m.state != MemberState::Failed).map(|m| m.server);
         let optional = new.filter(|id| !required.contains(id)).collect();
         Some(Start { purpose, goal, layer: LayerId::NONE, required, optional })
+    }
+
+    /// The group cannot do without a server that left fences unanswered but lives: it is asked again.
+    fn ask_mute_ones(
+        &self,
+        map: &VolumeMap,
+        goal: Goal,
+        guess: &BTreeMap<ServerId, Answer>,
+        world: &World<'_>,
+    ) -> Option<Start> {
+        let mute = guess.iter().any(|(id, answer)| *answer == Answer::LeftOut && world.servers.is_alive(*id));
+        let (required, optional, layer) = (serving(map), BTreeSet::new(), LayerId::NONE);
+        mute.then_some(Start { purpose: Purpose::Recover, goal, layer, required, optional })
     }
 
     fn note_hold(&mut self, hold: Hold, world: &mut World<'_>) {
@@ -220,7 +235,8 @@ impl Volume {
         let mut needs: BTreeMap<ServerId, u64> = BTreeMap::new();
         map.members().for_each(|m| *needs.entry(m.server).or_default() += more);
         let candidates = self.all_candidates(world);
-        let room = |id: &ServerId| candidates.iter().find(|c| c.id == *id).map(|c| placement::room_for_growth(c, &policy));
+        let room =
+            |id: &ServerId| candidates.iter().find(|c| c.id == *id).map(|c| placement::room_for_growth(c, &policy));
         let short = needs.iter().find(|(id, need)| room(id).is_some_and(|room| room < **need));
         match short {
             Some((id, need)) => {
@@ -253,7 +269,8 @@ impl Volume {
             goal.remove.extend(surplus.map(|m| m.copy));
             return;
         }
-        let mut there = group.writers().filter(lasting).filter(|m| !leaving(m)).count();
+        // Who leaves for a while is not replaced at once.
+        let mut there = group.writers().filter(lasting).count();
         let stays: Vec<_> = group.in_state(MemberState::Failed).filter(lasting).map(|m| (m, leaving(m))).collect();
         for (m, leaving) in stays {
             if there >= wanted {
@@ -320,7 +337,17 @@ impl Volume {
         if world.now.since(since) < after {
             world.wake_at(since.after(after));
         }
-        self.lost.contains(&m.copy) || world.now.since(since) >= after
+        if self.lost.contains(&m.copy) {
+            return true;
+        }
+        // Who is just back is given the time to rejoin.
+        let alive = world.servers.of(m.server).and_then(|server| server.alive_since);
+        let back = alive.map(|at| at.max(self.serving_since(m.server).unwrap_or(at)).after(BACK_MS));
+        if let Some(until) = back.filter(|until| *until > world.now && !self.is_stalled(m, world.now)) {
+            world.wake_at(until);
+            return false;
+        }
+        world.now.since(since) >= after
     }
 
     /// Whether heartbeats say that a member is filled or a settle is done.
@@ -336,7 +363,7 @@ impl Volume {
     fn hinted(&self, m: &Member, world: &World<'_>) -> Option<(u64, u64)> {
         let server = world.servers.of(m.server)?;
         let stored = self.served_at(m.server)?;
-        if server.alive_sent < stored || !server.is_alive() {
+        if server.alive_sent <= stored || !server.is_alive() {
             return None;
         }
         Some(server.progress(m.copy).map_or((0, 0), |progress| (progress.unsynced, progress.to_settle)))
@@ -400,7 +427,8 @@ impl Volume {
 
     fn all_candidates(&self, world: &World<'_>) -> Vec<Candidate> {
         // What an abandoned proposal of this volume promised is free again.
-        let others = world.rooms.iter().filter(|(volume, _)| **volume != self.id()).flat_map(|(_, rooms)| rooms.clone());
+        let others =
+            world.rooms.iter().filter(|(volume, _)| **volume != self.id()).flat_map(|(_, rooms)| rooms.clone());
         let promised: Vec<_> = others.chain(self.mapped_rooms()).collect();
         let mut provisioned: BTreeMap<ServerId, u64> = BTreeMap::new();
         promised.iter().for_each(|(id, bytes)| *provisioned.entry(*id).or_default() += bytes);

@@ -31,6 +31,8 @@ pub(super) struct ServerState {
     /// Openings known from that, and from fence replies since.
     boots: BTreeSet<BootId>,
     fence_heard: Millis,
+    /// Since when it answers without a break; `None` = it does not.
+    pub(super) alive_since: Option<Millis>,
     heard: Option<Millis>,
     since: Millis,
     next_beat: Millis,
@@ -60,6 +62,7 @@ impl ServerState {
             alive_sent: Millis(0),
             boots: BTreeSet::new(),
             fence_heard: Millis(0),
+            alive_since: None,
             heard: None,
             since: now,
             next_beat: now,
@@ -218,6 +221,7 @@ impl Servers {
                 () if was == ServerHealth::Suspected || self_suspect => ServerHealth::Suspected,
                 () => ServerHealth::Failed,
             };
+            server.alive_since = server.is_alive().then(|| server.alive_since.unwrap_or(now));
             if server.health != was {
                 changed.push((*id, was));
             }

@@ -52,7 +52,9 @@ pub enum Refusal {
         zones: usize,
     },
     /// No room.
-    #[error("each copy of a group needs {needed_bytes} bytes on one server; the roomiest that may take one has {room_bytes}")]
+    #[error(
+        "each copy of a group needs {needed_bytes} bytes on one server; the roomiest that may take one has {room_bytes}"
+    )]
     TooLarge {
         /// Of one copy.
         needed_bytes: u64,

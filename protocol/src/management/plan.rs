@@ -237,8 +237,7 @@ struct Plan<'a> {
 
 impl Plan<'_> {
     fn next_group(&self, old: &Group, placement: u32, group: u32) -> Result<Group, Hold> {
-        let active: Vec<_> =
-            old.in_state(MemberState::Active).map(|m| (m.copy, seen(self.answers, m))).collect();
+        let active: Vec<_> = old.in_state(MemberState::Active).map(|m| (m.copy, seen(self.answers, m))).collect();
         let raised = match choose(&active, self.goal.silent_over) {
             Choice::GoOn => false,
             Choice::Restarted => true,
@@ -338,9 +337,8 @@ impl Plan<'_> {
     /// Whether a member that serves has pages pending of a (session, incarnation) that is not listed, or from before
     /// its start (M1: a member that missed the end of a settle says so here).
     fn leftover(&self, next: &Group) -> bool {
-        let listed = |id: SessionId, incarnation| {
-            self.sessions.iter().any(|s| s.id == id && s.incarnation <= incarnation)
-        };
+        let listed =
+            |id: SessionId, incarnation| self.sessions.iter().any(|s| s.id == id && s.incarnation <= incarnation);
         next.writers().filter_map(|m| report_of(self.answers, m.server, m.copy)).any(|report| {
             let dead = |(id, (incarnation, pages)): &(SessionId, (_, u64))| *pages > 0 && !listed(*id, *incarnation);
             report.pending_before_start > 0 || report.pending.iter().any(dead)

@@ -275,7 +275,10 @@ impl Volume {
     fn leave_out(&mut self, world: &mut World<'_>) -> bool {
         let Some(change) = self.change.as_ref() else { return false };
         let silent = change.required.iter().filter(|id| !change.answers.contains_key(id));
-        let out: Vec<_> = silent.filter(|id| self.may_leave_out(world, **id)).copied().collect();
+        // One that lives was asked by this change, too.
+        let tried = world.now.since(change.since) >= FENCE_PATIENCE_MS;
+        let gone = |id: &&ServerId| self.may_leave_out(world, **id) && (tried || !world.servers.is_alive(**id));
+        let out: Vec<_> = silent.filter(gone).copied().collect();
         if out.is_empty() {
             return true;
         }

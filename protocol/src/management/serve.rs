@@ -21,6 +21,8 @@ pub(super) const AGAIN_MS: u64 = 1_000;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Served {
     generation: Generation,
+    /// Since when it is to store it.
+    since: Millis,
     asked: Option<Millis>,
     /// When it said that it stored it.
     pub(super) done: Option<Millis>,
@@ -41,7 +43,7 @@ impl Volume {
         let servers: BTreeSet<_> = map.members().map(|m| m.server).collect();
         self.served.retain(|id, _| servers.contains(id));
         for id in servers {
-            let fresh = Served { generation, asked: None, done: None };
+            let fresh = Served { generation, since: world.now, asked: None, done: None };
             let served = self.served.entry(id).or_insert(fresh);
             if served.generation != generation {
                 *served = fresh;
@@ -62,6 +64,12 @@ impl Volume {
     pub(super) fn served_at(&self, server: ServerId) -> Option<Millis> {
         let served = self.served.get(&server)?;
         if served.generation == self.status().generation { served.done } else { None }
+    }
+
+    /// Since when a server is to store the committed map.
+    pub(super) fn serving_since(&self, server: ServerId) -> Option<Millis> {
+        let served = self.served.get(&server)?;
+        (served.generation == self.status().generation).then_some(served.since)
     }
 
     /// A server says that it lacks the committed map.
@@ -222,9 +230,7 @@ impl Volume {
     pub(super) fn copies_on(&self, state: &ServerState, server: ServerId) -> (u32, u32) {
         let Some(map) = self.map() else { return (0, 0) };
         let here: Vec<_> = map.members().filter(|m| m.server == server).collect();
-        let good = here.iter().filter(|m| {
-            m.state == MemberState::Active && state.hint(m) == Hint::Same
-        });
+        let good = here.iter().filter(|m| m.state == MemberState::Active && state.hint(m) == Hint::Same);
         (good.count() as u32, here.len() as u32)
     }
 }

@@ -1,12 +1,12 @@
 //! What people see of a volume: conditions and progress, told when they change, and events at commits.
 
+use super::Output;
 use super::condition::{Condition, ConditionKind, EventReason, Reason};
 use super::diverged::Doubt;
 use super::object::Status;
 use super::placement::Refusal;
 use super::plan::Hold;
 use super::volume::{Volume, World};
-use super::Output;
 use crate::control::CopyProgress;
 use crate::ids::CopyId;
 use crate::map::{Group, MemberState, VolumeMap};

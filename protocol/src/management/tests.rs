@@ -3,3 +3,7 @@
 
 mod changes;
 mod fake;
+mod leaders;
+mod loss;
+mod shape;
+mod walk;

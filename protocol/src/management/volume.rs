@@ -111,6 +111,8 @@ pub(super) struct Volume {
     pub(super) change: Option<Change>,
     pub(super) write: Option<Write>,
     pub(super) release: Option<CallId>,
+    /// The finalizer is gone; the object soon will be.
+    released: bool,
     /// A promise above the committed generation is known, or a proposal that is not ours: fence again.
     pub(super) must: bool,
     /// Highest promise heard of.
@@ -157,6 +159,7 @@ impl Volume {
             change: None,
             write: None,
             release: None,
+            released: false,
             must: false,
             floor: Generation(0),
             retry_at: Millis(0),
@@ -229,8 +232,7 @@ impl Volume {
         let Some(map) = self.object.status.map.as_ref() else { return };
         let unpromised = map.members().any(|m| m.unpromised);
         self.unpromised_since = if unpromised { self.unpromised_since.or(Some(now)) } else { None };
-        let failed: BTreeSet<_> =
-            map.members().filter(|m| m.state == MemberState::Failed).map(|m| m.copy).collect();
+        let failed: BTreeSet<_> = map.members().filter(|m| m.state == MemberState::Failed).map(|m| m.copy).collect();
         self.failed_since.retain(|copy, _| failed.contains(copy));
         for copy in failed {
             self.failed_since.entry(copy).or_insert(now);
@@ -272,8 +274,9 @@ impl Volume {
     pub(super) fn written(&mut self, world: &mut World<'_>, call: CallId, outcome: Written) {
         if self.release == Some(call) {
             self.release = None;
-            if outcome != Written::Done {
-                self.read(world);
+            match outcome {
+                Written::Done => self.released = true,
+                Written::Conflict | Written::Unknown => self.read(world),
             }
             return;
         }
@@ -342,6 +345,9 @@ impl Volume {
         self.send_write(world);
         if let Some(write) = self.write.as_ref().filter(|w| w.call.is_none()) {
             world.wake_at(write.again_at);
+        }
+        if self.released {
+            return;
         }
         if !self.reading && self.write.is_none() && self.release.is_none() && self.is_beyond_doubt(world) {
             if self.map().is_some_and(VolumeMap::settling) {

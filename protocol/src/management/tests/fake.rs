@@ -31,6 +31,10 @@ pub(super) struct FakeServer {
     pub(super) no_space: bool,
     pub(super) fills: bool,
     pub(super) settles: bool,
+    /// Another server answers at its address.
+    pub(super) impostor: Option<Alive>,
+    /// No newer map was committed than the one stored here.
+    pub(super) is_newest: bool,
     pub(super) lease_number: u64,
     pub(super) promised: Generation,
     pub(super) map: Option<VolumeMap>,
@@ -51,6 +55,8 @@ impl FakeServer {
             no_space: false,
             fills: true,
             settles: true,
+            impostor: None,
+            is_newest: true,
             lease_number: 0,
             promised: Generation(0),
             map: None,
@@ -92,7 +98,12 @@ impl FakeServer {
             lease_number: self.lease_number,
             leaving: self.leaving,
             devices: vec![device],
-            copies: self.copies.iter().map(progress).filter(|p| p.boot.is_none() || p.unsynced + p.to_settle > 0).collect(),
+            copies: self
+                .copies
+                .iter()
+                .map(progress)
+                .filter(|p| p.boot.is_none() || p.unsynced + p.to_settle > 0)
+                .collect(),
             behind: Vec::new(),
         }
     }
@@ -108,7 +119,9 @@ impl FakeServer {
 
     fn to_settle(&self, copy: &FakeCopy) -> bool {
         let id = self.copies.iter().find(|(_, c)| std::ptr::eq(*c, copy)).map(|(id, _)| *id);
-        id.and_then(|id| self.running(id)).is_some_and(|name| copy.settled_for != Some(name))
+        let source = |name: SettleName| Some(name.authoritative) == id && name.boot == self.boot;
+        let name = id.and_then(|id| self.running(id));
+        name.is_some_and(|name| copy.settled_for != Some(name) && !source(name))
     }
 
     fn report(&self, id: CopyId, copy: &FakeCopy) -> CopyReport {
@@ -125,19 +138,26 @@ impl FakeServer {
 
     fn fence(&mut self, fence: Fence) -> ControlReply {
         self.fences.push(fence.clone());
+        if self.copies.is_empty() {
+            return ControlReply::NoCopy { copy: CopyId::NONE };
+        }
         if self.closed {
             return ControlReply::DeviceClosed;
         }
-        if fence.generation < self.promised {
+        if fence.generation < self.promised || fence.generation <= self.stored() {
             return ControlReply::Refused { promised: self.promised, stored: self.stored() };
         }
-        if let Some(copy) = fence.unsync.iter().find(|copy| !self.copies.contains_key(copy)) {
-            return ControlReply::NoCopy { copy: *copy };
-        }
         self.promised = fence.generation;
-        for copy in fence.unsync {
-            let copy = self.copies.get_mut(&copy).unwrap();
-            (copy.unsynced, copy.settled_for) = (100, None);
+        for id in fence.unsync {
+            let active = self
+                .map
+                .as_ref()
+                .and_then(|map| map.place_of(id))
+                .is_some_and(|(_, _, m)| m.state == MemberState::Active && m.boot == self.boot && self.is_newest);
+            assert!(!active, "a copy that serves is never marked");
+            if let Some(copy) = self.copies.get_mut(&id) {
+                *copy = FakeCopy { unsynced: 100, ..FakeCopy::default() };
+            }
         }
         ControlReply::Promised(Promised {
             server: self.id,
@@ -149,7 +169,13 @@ impl FakeServer {
     }
 
     fn serve(&mut self, map: VolumeMap) -> ControlReply {
-        if map.generation < self.promised {
+        if self.copies.is_empty() {
+            return ControlReply::NoCopy { copy: CopyId::NONE };
+        }
+        if self.map.as_ref() == Some(&map) && self.promised == map.generation {
+            return ControlReply::Done;
+        }
+        if map.generation < self.promised || map.generation <= self.stored() {
             return ControlReply::Refused { promised: self.promised, stored: self.stored() };
         }
         self.promised = map.generation;
@@ -162,7 +188,22 @@ impl FakeServer {
             }
         }
         self.map = Some(map);
+        self.is_newest = true;
         ControlReply::Done
+    }
+
+    fn forget_if_empty(&mut self) {
+        if self.copies.is_empty() {
+            (self.promised, self.map) = (Generation(0), None);
+            self.sessions.clear();
+        }
+    }
+
+    /// The device came back empty.
+    pub(super) fn blank(&mut self) {
+        self.restart();
+        self.copies.clear();
+        self.forget_if_empty();
     }
 
     /// Fills and settles as the map says.
@@ -188,7 +229,7 @@ impl FakeServer {
         self.work();
         Some(match request {
             ControlRequest::Heartbeat { lease_number } => {
-                let alive = ControlReply::Alive(self.alive());
+                let alive = ControlReply::Alive(self.impostor.clone().unwrap_or_else(|| self.alive()));
                 self.lease_number = self.lease_number.max(lease_number);
                 alive
             }
@@ -202,13 +243,20 @@ impl FakeServer {
                 ControlReply::Done
             }
             ControlRequest::PrepareFlush { .. } => ControlReply::Done,
+            ControlRequest::DeleteCopy { generation, .. } if generation < self.promised.max(self.stored()) => {
+                ControlReply::Refused { promised: self.promised, stored: self.stored() }
+            }
+            ControlRequest::DeleteCopy { .. } if self.closed => ControlReply::DeviceClosed,
             ControlRequest::DeleteCopy { copy, .. } => match self.copies.remove(&copy) {
-                Some(_) => ControlReply::Done,
+                Some(_) => {
+                    self.forget_if_empty();
+                    ControlReply::Done
+                }
                 None => ControlReply::NoCopy { copy },
             },
-            ControlRequest::GetVolume { .. } => ControlReply::Volume {
-                volume: Some(VolumeReport { promised: self.promised, map: self.map.clone() }),
-            },
+            ControlRequest::GetVolume { .. } => {
+                ControlReply::Volume { volume: Some(VolumeReport { promised: self.promised, map: self.map.clone() }) }
+            }
             ControlRequest::Inventory => {
                 let stored = self.stored();
                 let one = |copy: &CopyId| CopyInventory { volume: V, copy: *copy, device: DeviceId(1), stored };
@@ -402,6 +450,9 @@ impl Fake {
         }
         object.status = next;
         let object = object.clone();
+        for server in self.servers.values_mut() {
+            server.is_newest = server.stored() == object.status.generation;
+        }
         self.input(Input::Written { call, outcome: Written::Done });
         self.input(Input::Volume { object, source: Source::Watched });
     }
@@ -503,4 +554,24 @@ pub(super) fn volume(copies: u8, groups: u8) -> VolumeObject {
         adopt: None,
     };
     VolumeObject { id: V, name: "data".to_string(), id_is_new: true, wishes, status: Status::default() }
+}
+
+impl Fake {
+    /// One line for each committed map.
+    pub(super) fn story(&self) -> String {
+        let mut lines = Vec::new();
+        for map in &self.history {
+            let group = |(_, _, g): (u32, u32, &Group)| {
+                let members = g.members.iter().map(|m| {
+                    format!("{}{:?}b{}{}", m.server.0, m.state, m.boot.0, if m.unpromised { "!" } else { "" })
+                });
+                format!("[{} loss {} {:?}]", members.collect::<Vec<_>>().join(" "), g.loss, g.settle)
+            };
+            let groups: Vec<_> = map.groups().map(group).collect();
+            let sessions =
+                map.sessions.iter().map(|s| format!("{}{:?}i{}h{}", s.id.0, s.standing, s.incarnation, s.handled));
+            lines.push(format!("{} {} {}", map.generation, groups.join(" "), sessions.collect::<Vec<_>>().join(" ")));
+        }
+        lines.join("\n")
+    }
 }
