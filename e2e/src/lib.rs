@@ -1,1 +1,3 @@
-//! placeholder
+//! What proves Lamina from the outside: the deterministic simulator.
+
+pub mod sim;

@@ -1,0 +1,321 @@
+//! Oracles of the invariants: I1, I2, I7, I8 and the raising of losses as each message or commit passes, I4 and I6 (as
+//! it stands until sync bits land) at looks over the whole world. They read the fake disks, never a machine's memory.
+
+use super::net::ConnIndex;
+use super::plan::Ask;
+use super::stamp;
+use super::world::World;
+use lamina_protocol::control::ControlReply;
+use lamina_protocol::driver::Op;
+use lamina_protocol::ids::{BootId, CopyId, Generation, SessionId};
+use lamina_protocol::layer::BlockState;
+use lamina_protocol::management::Status;
+use lamina_protocol::map::{Group, Layer, Member, MemberState, Settle, VolumeMap};
+use lamina_protocol::wire::{Place, ReplyBody, ReplyFrame, RequestBody, RequestFrame, RequestId};
+use std::collections::BTreeMap;
+
+/// What the checks remember.
+#[derive(Debug, Default)]
+pub(super) struct Checks {
+    /// Places of reads under way at servers.
+    reads: BTreeMap<(ConnIndex, RequestId), Place>,
+}
+
+impl World {
+    // ---- at each server ----
+
+    /// A request comes in.
+    pub(super) fn note_request(&mut self, n: usize, conn: ConnIndex, frame: &RequestFrame) {
+        let key = (conn, frame.header.request);
+        match &frame.body {
+            RequestBody::Read { place } => {
+                self.checks.reads.insert(key, *place);
+            }
+            RequestBody::Write { .. } | RequestBody::Discard { .. } | RequestBody::Flush => {}
+            RequestBody::Fill { .. } | RequestBody::Settle { .. } => {}
+            _ => return,
+        }
+        self.servers[n].requests.insert(key, frame.header.generation);
+    }
+
+    /// I1, I8 and H2: what is served is served under the highest promise, by an `Active` copy under its own boot id.
+    pub(super) fn check_reply(&mut self, n: usize, conn: ConnIndex, frame: &ReplyFrame) {
+        let key = (conn, frame.header.request);
+        let Some(generation) = self.servers[n].requests.remove(&key) else { return };
+        let place = self.checks.reads.remove(&key);
+        count_reply(&mut self.counters, &frame.body);
+        let served = frame.body.is_success() || matches!(frame.body, ReplyBody::BadBlock { .. });
+        if !served {
+            return;
+        }
+        let promised = self.servers[n].promised;
+        if generation < promised {
+            let what = format!("server {n} served a request of generation {generation} after it promised {promised}");
+            return self.fail("I1", what);
+        }
+        let Some(place) = place else { return };
+        let Some(map) = self.store.maps.get(&generation) else {
+            return self.fail("I8", format!("server {n} served a read of generation {generation}, which nobody committed"));
+        };
+        let layer = map.layers.iter().find(|l| l.id == place.layer).expect("the driver reads layers of its map");
+        let member = map.member_on(layer.placement, place.group, self.servers[n].id);
+        let open = |boot| self.servers[n].disks.iter().any(|d| d.boot() == Some(boot));
+        let serves = member.is_some_and(|m| m.state == MemberState::Active && open(m.boot));
+        if !serves {
+            let what = format!("server {n} served a read of generation {generation} as {member:?}");
+            self.fail("I8", what);
+        }
+    }
+
+    /// I2: no promise ever goes down.
+    pub(super) fn check_control_reply(&mut self, n: usize, reply: &ControlReply) {
+        let before = self.servers[n].promised;
+        let (promised, stored) = match reply {
+            ControlReply::Promised(p) => (p.generation, p.stored),
+            _ => return,
+        };
+        self.counters.count("promises");
+        if promised < before {
+            self.fail("I2", format!("server {n} promised {before} and now says {promised}"));
+        }
+        if stored > promised || self.store.maps.keys().next_back().is_some_and(|highest| stored > *highest) {
+            self.fail("I2", format!("server {n} says that it stores generation {stored}, promised {promised}"));
+        }
+        self.servers[n].promised = promised.max(before);
+    }
+
+    // ---- at each client ----
+
+    /// I1: an acknowledged write was applied by every `Active` and `Syncing` member of the map under which it is.
+    pub(super) fn check_applied(&mut self, generation: Generation, ask: Ask, op: &Op) {
+        let (Ask::Write(..), Op::Write { address, data }) = (ask, op) else { return };
+        let Some(map) = self.store.maps.get(&generation) else {
+            return self.fail("I1", format!("a driver acts under generation {generation}, which nobody committed"));
+        };
+        let layer = map.top();
+        let mut at = 0;
+        let mut missing = None;
+        for extent in map.geometry(layer).split(*address, data.len() as u64) {
+            let group = &map.placements[layer.placement as usize].groups[extent.group as usize];
+            for block in 0..u64::from(extent.length / 4096) {
+                let stamp = stamp::first_word(&data[at..]);
+                at += 4096;
+                let lacks = group.writers().find(|m| {
+                    let disk = self.servers.iter().flat_map(|s| &s.disks).find(|d| d.has_copy(m.copy));
+                    disk.is_some_and(|d| !d.written.contains(&(m.copy, stamp)))
+                });
+                missing = missing.or(lacks.map(|m| (extent.address / 4096 + block, *m)));
+            }
+        }
+        if let Some((block, member)) = missing {
+            self.fail("I1", format!("a write of block {block} was acknowledged under generation {generation}, {member:?} never had it"));
+        }
+    }
+
+    // ---- at each commit ----
+
+    pub(super) fn committed(&mut self, before: &Status) {
+        let status = self.store.object.status.clone();
+        if status.generation < before.generation {
+            return self.fail("I2", format!("the object fell from {} to {}", before.generation, status.generation));
+        }
+        let Some(map) = status.map.clone().filter(|_| status.generation > before.generation) else { return };
+        self.note(|| format!("COMMIT {}", words(&map, status.proposed.is_some())));
+        self.counters.count("commits");
+        if map.generation != status.generation || map.validate().is_err() {
+            return self.fail("map", format!("generation {} was committed with a map that is none: {map:?}", status.generation));
+        }
+        let mut raised = false;
+        if let Some(old) = &before.map {
+            for (placement, number, group) in map.groups() {
+                let was = &old.placements[placement as usize].groups[number as usize];
+                raised |= group.loss > was.loss;
+                self.check_group(&map, number, was, group);
+            }
+        }
+        let listed: Vec<SessionId> = map.sessions.iter().map(|s| s.id).collect();
+        if raised {
+            self.counters.count("reached: a loss was raised");
+        }
+        self.register.committed(&listed, raised, map.settling());
+        self.store.maps.insert(map.generation, map);
+    }
+
+    fn check_group(&mut self, map: &VolumeMap, number: u32, was: &Group, group: &Group) {
+        let kept = group.in_state(MemberState::Active).any(|m| {
+            was.in_state(MemberState::Active).any(|old| old.copy == m.copy && old.boot == m.boot)
+        });
+        let raised = group.loss > was.loss;
+        let had = was.first_active().is_some();
+        let has = group.first_active().is_some();
+        if had && has && kept == raised {
+            let what = format!(
+                "group {number} of generation {}: {} (H5): {was:?} -> {group:?}",
+                map.generation,
+                if raised { "a loss is raised although a member kept its boot id" } else { "no loss is raised although none kept its boot id" },
+            );
+            self.fail("loss", what);
+        }
+        if raised && was.in_state(MemberState::Active).count() > 1 {
+            self.counters.count("reached: all members of a group restarted");
+        }
+        if matches!(group.settle, Settle::Running { .. }) && !matches!(was.settle, Settle::Running { .. }) {
+            self.counters.count("reached: a settle began");
+        }
+        if group.settle == Settle::Over {
+            self.counters.count("reached: a settle is over");
+        }
+        for member in &group.members {
+            self.check_member(map, member, was.member(member.copy), raised);
+        }
+    }
+
+    fn check_member(&mut self, map: &VolumeMap, member: &Member, was: Option<&Member>, raised: bool) {
+        let before = was.map(|m| m.state);
+        match (before, member.state) {
+            (Some(MemberState::Syncing), MemberState::Active) => {
+                self.counters.count("reached: a member was filled and is Active");
+                self.check_synced(map, member);
+            }
+            (Some(MemberState::Failed) | None, MemberState::Active) => {
+                self.fail("I7", format!("{member:?} is Active in generation {} without a fill", map.generation));
+            }
+            (Some(MemberState::Failed), MemberState::Syncing) => self.counters.count("reached: a member rejoined"),
+            (None, MemberState::Syncing) => self.counters.count("reached: a member was replaced"),
+            (Some(MemberState::Active), MemberState::Failed) => self.counters.count("reached: an Active member failed"),
+            (Some(MemberState::Syncing), MemberState::Failed) => self.counters.count("reached: a Syncing member failed"),
+            (Some(MemberState::Active), MemberState::Active) => {
+                if was.is_some_and(|w| w.boot != member.boot) && !raised {
+                    self.fail("loss", format!("{member:?} restarted and stays Active without a loss"));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// I7: nothing is unsynced on the disk of a member that becomes `Active`.
+    fn check_synced(&mut self, map: &VolumeMap, member: &Member) {
+        let Some((_, group, _)) = map.place_of(member.copy) else { return };
+        let pages = map.geometry(map.top()).pages(group);
+        let disk = self.servers.iter().flat_map(|s| &s.disks).find(|d| d.has_copy(member.copy));
+        if disk.is_none_or(|d| d.is_unsynced(member.copy, pages)) {
+            self.fail("I7", format!("{member:?} becomes Active in generation {} with pages unsynced", map.generation));
+        }
+    }
+
+    // ---- at looks ----
+
+    /// I6 and I4 over the disks of members that serve.
+    pub(super) fn look(&mut self) {
+        let Some(map) = self.store.map().cloned() else { return };
+        if let Some((oracle, what)) = self.look_at(&map, false) {
+            self.fail(oracle, what);
+        }
+    }
+
+    /// The first fault in the copies; `strictly` = all is quiet, so that nothing may differ or be pending.
+    pub(super) fn look_at(&self, map: &VolumeMap, strictly: bool) -> Option<(&'static str, String)> {
+        let layer = map.top();
+        let geometry = map.geometry(layer);
+        let handled = map.sessions.iter().all(|s| s.handled >= map.loss());
+        let exact = strictly || (handled && !map.settling() && self.register.losses() == 0);
+        for (_, number, group) in map.groups() {
+            let open: Vec<&Member> = group.in_state(MemberState::Active).filter(|m| self.is_open(m.copy, m.boot)).collect();
+            for page in 0..geometry.pages(number) {
+                for block in 0..geometry.page_blocks() {
+                    let address = geometry.address_of(number, page, block * 4096);
+                    if address >= map.size {
+                        continue;
+                    }
+                    let place = (layer, page, block);
+                    if let Some(what) = self.differ(&open, place, strictly) {
+                        return Some(("I6", what));
+                    }
+                    let certain = self.register.certain((address / 4096) as usize).filter(|_| exact);
+                    if let Some(what) = certain.and_then(|content| self.lacks(&open, place, content)) {
+                        return Some(("I4", format!("block {}: {what}", address / 4096)));
+                    }
+                }
+            }
+        }
+        None
+    }
+
+    fn is_open(&self, copy: CopyId, boot: BootId) -> bool {
+        self.servers.iter().any(|s| s.machine.is_some() && s.disks.iter().any(|d| d.boot() == Some(boot) && d.has_copy(copy)))
+    }
+
+    fn on_disk(&self, member: &Member, (layer, page, block): (&Layer, u64, u32)) -> (BlockState, u64, bool) {
+        let disk = self.servers.iter().flat_map(|s| &s.disks).find(|d| d.has_copy(member.copy));
+        let Some(disk) = disk else { return (BlockState::Stale, 0, true) };
+        let (state, stamp) = disk.block(member.copy, layer.id, page, block);
+        (state, stamp, disk.is_pending(member.copy, layer.id, page))
+    }
+
+    /// Two copies that differ where neither says so.
+    fn differ(&self, members: &[&Member], place: (&Layer, u64, u32), strictly: bool) -> Option<String> {
+        let (first, rest) = members.split_first()?;
+        let one = self.on_disk(first, place);
+        for member in rest {
+            let other = self.on_disk(member, place);
+            let bad = one.0 == BlockState::Stale || other.0 == BlockState::Stale;
+            if one.1 != other.1 && !bad && (strictly || (!one.2 && !other.2)) {
+                let (_, page, block) = place;
+                return Some(format!("block {block} of page {page} differs: {first:?} has {one:?}, {member:?} has {other:?}"));
+            }
+        }
+        None
+    }
+
+    fn lacks(&self, members: &[&Member], place: (&Layer, u64, u32), content: u64) -> Option<String> {
+        members.iter().find_map(|member| {
+            let (state, stamp, pending) = self.on_disk(member, place);
+            let wrong = stamp != content && state != BlockState::Stale;
+            wrong.then(|| format!("{member:?} has {state:?} {:#x} (pending: {pending}), acknowledged is {content:#x}", stamp))
+        })
+    }
+}
+
+fn count_reply(counters: &mut super::Counters, body: &ReplyBody) {
+    let name = match body {
+        ReplyBody::Superseded { .. } => "reply: Superseded",
+        ReplyBody::Behind { .. } => "reply: Behind",
+        ReplyBody::Ended => "reply: Ended",
+        ReplyBody::Stale { .. } => "reply: Stale",
+        ReplyBody::NotServing => "reply: NotServing",
+        ReplyBody::NoCopy => "reply: NoCopy",
+        ReplyBody::BadBlock { .. } => "reply: BadBlock",
+        ReplyBody::Page { .. } => "reply: a page for a peer",
+        _ => return,
+    };
+    counters.count(name);
+}
+
+/// A map in one line.
+fn words(map: &VolumeMap, proposed: bool) -> String {
+    let mut line = format!("generation {}", map.generation);
+    for (_, number, group) in map.groups() {
+        let members: Vec<String> = group
+            .members
+            .iter()
+            .map(|m| {
+                let flags = if m.unpromised { " unpromised" } else { "" };
+                format!("{:?}@{:x}/boot {:x}{flags}", m.state, m.server.0, m.boot.0)
+            })
+            .collect();
+        line += &format!("; group {number} [{}]", members.join(", "));
+        if group.loss.0 > 0 {
+            line += &format!(" loss {}", group.loss);
+        }
+        if group.settle != Settle::None {
+            line += &format!(" settle {}", if group.settle == Settle::Over { "over" } else { "running" });
+        }
+    }
+    for session in &map.sessions {
+        line += &format!(
+            "; session {:x} {:?} incarnation {} handled {}",
+            session.id.0, session.standing, session.incarnation, session.handled
+        );
+    }
+    if proposed { line + " (proposal kept)" } else { line }
+}

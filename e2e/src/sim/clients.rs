@@ -1,0 +1,483 @@
+//! Hosts of clients: the kubelet and CSI side that attaches and stages, the device that outlives its driver's process,
+//! the application, and the runtime around the production driver.
+
+use super::event::{Event, Host, Process};
+use super::net::{Leaving, Message, Purpose};
+use super::plan::Ask;
+use super::servers::brief;
+use super::world::{VOLUME, World};
+use super::stamp;
+use lamina_protocol::driver::{Config, Driver, Input, LinkId, Op, OpError, Output, Tag};
+use lamina_protocol::ids::{Generation, ServerId, SessionId};
+use lamina_protocol::management::{SessionState, VolumeObject};
+use lamina_protocol::time::Millis;
+use lamina_protocol::wire::{RequestBody, Start};
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
+
+const BLOCK: u64 = 4096;
+/// How often the kubelet looks.
+const KUBELET_US: u64 = 200_000;
+/// Requests that an application has under way at most.
+const DEPTH: usize = 24;
+
+/// A request in the device's queue.
+#[derive(Clone, Debug)]
+pub(super) struct Request {
+    pub(super) ask: Ask,
+    pub(super) op: Op,
+    /// Generation under which frames of this write were last sent (I1).
+    pub(super) asked_at: u64,
+}
+
+/// A process with a driver.
+pub(super) struct Runtime {
+    driver: Driver,
+    wake: u64,
+    links: BTreeSet<LinkId>,
+    fails: BTreeMap<ServerId, u32>,
+    told: Generation,
+}
+
+/// What is attached to a host.
+pub(super) struct Attachment {
+    pub(super) id: SessionId,
+    pub(super) wished: bool,
+    /// Its first driver was started.
+    pub(super) staged: bool,
+    /// The device is gone with the host's power.
+    pub(super) lost: bool,
+    /// Every request fails.
+    pub(super) dead: bool,
+    /// The application stops; when all is answered and flushed, it is detached.
+    pub(super) draining: bool,
+}
+
+/// A client's host.
+#[derive(Default)]
+pub(super) struct ClientHost {
+    pub(super) epoch: u32,
+    pub(super) off: bool,
+    pub(super) attached: Option<Attachment>,
+    /// The volume is to be attached here.
+    pub(super) wanted: bool,
+    pub(super) processes: BTreeMap<u32, Runtime>,
+    pub(super) device: BTreeMap<u64, Request>,
+    heard: Option<Rc<VolumeObject>>,
+}
+
+impl World {
+    // ---- attach and detach ----
+
+    /// The volume is wanted at this client; on a volume for one session nowhere else.
+    pub(super) fn attach(&mut self, client: usize, clean: bool) {
+        if self.clients[client].wanted {
+            return;
+        }
+        if !self.plan.setup.multi_session {
+            for other in 0..self.clients.len() {
+                if self.clients[other].wanted {
+                    self.detach(other, clean);
+                }
+            }
+        }
+        self.clients[client].wanted = true;
+    }
+
+    pub(super) fn detach(&mut self, client: usize, clean: bool) {
+        self.clients[client].wanted = false;
+        let Some(attached) = self.clients[client].attached.as_mut() else { return };
+        attached.draining = true;
+        if !clean || attached.lost || attached.dead {
+            self.release(client);
+        }
+    }
+
+    /// The wish goes. A host that lives unstages; one that does not hear of it goes on as long as it may.
+    fn release(&mut self, client: usize) {
+        let Some(attached) = self.clients[client].attached.as_mut() else { return };
+        if std::mem::replace(&mut attached.wished, false) {
+            let id = attached.id;
+            self.unwish_session(id);
+        }
+    }
+
+    /// What csi-node and the kubelet do when they look: stage, unstage, attach anew.
+    pub(super) fn kubelet(&mut self, client: usize) {
+        self.queue.push(self.now + KUBELET_US, Event::Kubelet { host: client });
+        let host = &self.clients[client];
+        let object = self.store.object.clone();
+        let frozen = self.frozen.contains_key(&Host::Driver(client));
+        let Some(attached) = &host.attached else {
+            let elsewhere = self.clients.iter().any(|c| c.attached.as_ref().is_some_and(|a| a.wished));
+            if host.wanted && (self.plan.setup.multi_session || !elsewhere) {
+                let id = self.wish_session(client);
+                self.clients[client].attached =
+                    Some(Attachment { id, wished: true, staged: false, lost: false, dead: false, draining: false });
+            }
+            return;
+        };
+        let id = attached.id;
+        let state = host.heard.as_ref().map(|heard| heard.status.session(id));
+        if attached.draining && attached.wished {
+            let idle = host.device.is_empty() || !attached.staged;
+            if idle || attached.lost || attached.dead {
+                self.release(client);
+            }
+        } else if !attached.wished {
+            if !host.off && !frozen && object.status.session(id) == SessionState::Out {
+                self.unstage(client);
+            }
+        } else if attached.lost || attached.dead || state == Some(SessionState::Ended) {
+            if !host.off {
+                self.counters.count("reached: a session was replaced");
+                self.release(client);
+            }
+        } else if !attached.staged && !host.off && !frozen && state == Some(SessionState::Admitted) {
+            self.stage(client, Start::Fresh);
+        }
+    }
+
+    /// Nothing of the session is left on the host.
+    fn unstage(&mut self, client: usize) {
+        for epoch in self.clients[client].processes.keys().copied().collect::<Vec<_>>() {
+            self.end_process(client, epoch, Leaving::Closed);
+        }
+        for tag in std::mem::take(&mut self.clients[client].device).into_keys() {
+            self.register.abandon(tag);
+        }
+        self.clients[client].attached = None;
+    }
+
+    fn stage(&mut self, client: usize, start: Start) {
+        let host = &mut self.clients[client];
+        let Some(attached) = host.attached.as_mut() else { return };
+        attached.staged = true;
+        let session = attached.id;
+        host.epoch += 1;
+        let process = Process { host: Host::Driver(client), epoch: host.epoch };
+        let config = Config { volume: VOLUME, session, start, kept_bytes: self.plan.setup.kept_bytes };
+        let runtime = Runtime {
+            driver: Driver::new(config),
+            wake: 0,
+            links: BTreeSet::new(),
+            fails: BTreeMap::new(),
+            told: Generation(0),
+        };
+        host.processes.insert(host.epoch, runtime);
+        self.note(|| format!("client {client} starts a driver for session {:x} ({start:?})", session.0));
+        if start == Start::Resume {
+            self.counters.count("reached: a successor took a device over");
+            let device: Vec<u64> = self.clients[client].device.keys().copied().collect();
+            if !device.is_empty() {
+                self.counters.count("reached: take-over with requests in flight");
+            }
+            for tag in device {
+                self.submit(process, tag);
+            }
+            self.driver_input(process, Input::Replayed);
+        }
+        self.tell_client(client);
+    }
+
+    // ---- processes ----
+
+    /// A process ends without a word.
+    pub(super) fn end_process(&mut self, client: usize, epoch: u32, how: Leaving) {
+        if self.clients[client].processes.remove(&epoch).is_some() {
+            let session = self.clients[client].attached.as_ref().map(|a| a.id);
+            self.drop_connections(Process { host: Host::Driver(client), epoch }, how);
+            if let Some(session) = session {
+                self.register.process_died(session);
+            }
+        }
+    }
+
+    /// kill -9 of csi-node: the device stays.
+    pub(super) fn kill_driver(&mut self, client: usize, down_us: u64) -> bool {
+        let epochs: Vec<u32> = self.clients[client].processes.keys().copied().collect();
+        if epochs.is_empty() {
+            return false;
+        }
+        self.thaw(Host::Driver(client), None);
+        for epoch in epochs {
+            self.end_process(client, epoch, Leaving::Closed);
+        }
+        let epoch = self.clients[client].epoch;
+        self.queue.push(self.now + down_us, Event::Boot { host: Host::Driver(client), epoch });
+        true
+    }
+
+    /// A successor starts beside the living process, which is told by the members only.
+    pub(super) fn take_over(&mut self, client: usize) -> bool {
+        let host = &self.clients[client];
+        let alive = host.attached.as_ref().is_some_and(|a| a.staged && !a.lost) && !host.processes.is_empty();
+        if alive && !self.frozen.contains_key(&Host::Driver(client)) {
+            let session = host.attached.as_ref().map(|a| a.id).unwrap_or_default();
+            self.register.process_died(session);
+            self.stage(client, Start::Resume);
+        }
+        alive
+    }
+
+    pub(super) fn power_off_client(&mut self, client: usize, down_us: u64) {
+        self.thaw(Host::Driver(client), None);
+        for epoch in self.clients[client].processes.keys().copied().collect::<Vec<_>>() {
+            self.end_process(client, epoch, Leaving::Silent);
+        }
+        for tag in std::mem::take(&mut self.clients[client].device).into_keys() {
+            self.register.abandon(tag);
+        }
+        let host = &mut self.clients[client];
+        host.off = true;
+        host.epoch += 1;
+        if let Some(attached) = host.attached.as_mut() {
+            attached.lost |= attached.staged;
+        }
+        let epoch = host.epoch;
+        self.queue.push(self.now + down_us, Event::Boot { host: Host::Driver(client), epoch });
+    }
+
+    pub(super) fn boot_client(&mut self, client: usize, epoch: u32) {
+        let host = &mut self.clients[client];
+        if host.epoch != epoch || !host.processes.is_empty() {
+            return;
+        }
+        if std::mem::replace(&mut host.off, false) {
+            return self.tell_client(client);
+        }
+        if host.attached.as_ref().is_some_and(|a| a.staged && !a.lost) {
+            self.stage(client, Start::Resume);
+        }
+    }
+
+    pub(super) fn client_watched(&mut self, client: usize, object: Rc<VolumeObject>) {
+        if self.net.is_cut(Host::Api, Host::Driver(client)) || self.clients[client].off {
+            return;
+        }
+        let map = object.status.map.clone();
+        self.clients[client].heard = Some(object);
+        let Some(map) = map else { return };
+        for epoch in self.clients[client].processes.keys().copied().collect::<Vec<_>>() {
+            let Some(runtime) = self.clients[client].processes.get_mut(&epoch) else { continue };
+            if runtime.told < map.generation {
+                runtime.told = map.generation;
+                let process = Process { host: Host::Driver(client), epoch };
+                self.driver_watch(process, map.clone());
+            }
+        }
+    }
+
+    fn driver_watch(&mut self, process: Process, map: lamina_protocol::map::VolumeMap) {
+        // The word is taken when the process runs again; the newest one is enough.
+        if !self.frozen.contains_key(&process.host) {
+            self.driver_input(process, Input::Map(map));
+        } else if let Host::Driver(client) = process.host
+            && let Some(runtime) = self.clients[client].processes.get_mut(&process.epoch)
+        {
+            runtime.told = Generation(0);
+        }
+    }
+
+    // ---- the application ----
+
+    pub(super) fn application_asks(&mut self, client: usize, ask: Ask) {
+        // On a volume for one session there is one application, wherever that is now.
+        let client = if self.plan.setup.multi_session || self.may_ask(client) {
+            client
+        } else {
+            (0..self.clients.len()).find(|c| self.may_ask(*c)).unwrap_or(client)
+        };
+        if !self.may_ask(client) {
+            return self.counters.count("asked in vain");
+        }
+        self.ask_now(client, ask);
+    }
+
+    fn may_ask(&self, client: usize) -> bool {
+        let host = &self.clients[client];
+        let alive = host.attached.as_ref().is_some_and(|a| a.staged && !a.lost && !a.dead && !a.draining);
+        alive && host.device.len() < DEPTH
+    }
+
+    /// Puts a request into the device.
+    pub(super) fn ask_now(&mut self, client: usize, ask: Ask) -> u64 {
+        let session = self.clients[client].attached.as_ref().map(|a| a.id).unwrap_or_default();
+        let tag = self.mint() as u64;
+        let stamps = self.register.ask(tag, session, ask);
+        let op = match ask {
+            Ask::Read(block, count) => Op::Read { address: block * BLOCK, length: count * BLOCK },
+            Ask::Write(block, _) => Op::Write { address: block * BLOCK, data: stamp::content(stamps.iter().copied()) },
+            Ask::Discard(block, count) => Op::Discard { address: block * BLOCK, length: count * BLOCK },
+            Ask::Flush => Op::Flush,
+        };
+        self.note(|| format!("client {client} {ask} (request {tag:x}{})", stamps.first().map_or(String::new(), |s| format!(", write {}", s >> 16))));
+        self.counters.count("operations");
+        self.clients[client].device.insert(tag, Request { ask, op, asked_at: self.now });
+        for epoch in self.clients[client].processes.keys().copied().collect::<Vec<_>>() {
+            let process = Process { host: Host::Driver(client), epoch };
+            self.queue.push(self.now + 2, Event::Submit { process, tag });
+        }
+        tag
+    }
+
+    pub(super) fn submit(&mut self, process: Process, tag: u64) {
+        let Host::Driver(client) = process.host else { return };
+        if let Some(request) = self.clients[client].device.get(&tag) {
+            let op = request.op.clone();
+            self.driver_input(process, Input::Submit { tag: Tag(tag), op });
+        }
+    }
+
+    fn completed(&mut self, client: usize, epoch: u32, tag: u64, result: Result<bytes::Bytes, OpError>) {
+        let generation = self.driver_generation(client, epoch);
+        let Some(request) = self.clients[client].device.remove(&tag) else { return };
+        self.note(|| {
+            let how = result.as_ref().map_or_else(|e| format!("fails: {e:?}"), |data| first_stamps(data));
+            format!("client {client}: request {tag:x} ({}) {how}", request.ask)
+        });
+        let took_ms = (self.now - request.asked_at) / 1_000;
+        self.counters.count(if took_ms > 3_000 { "requests that took over 3 s" } else { "requests within 3 s" });
+        let session = self.clients[client].attached.as_ref().map(|a| a.id).unwrap_or_default();
+        match (result, request.ask) {
+            (Ok(data), Ask::Read(..)) => {
+                let stamps: Vec<_> = data.chunks(BLOCK as usize).map(stamp::read).collect();
+                let verdict = self.register.read(tag, &stamps);
+                self.judge(verdict);
+            }
+            (Ok(_), ask) => {
+                self.check_applied(generation, ask, &request.op);
+                self.register.done(tag);
+            }
+            (Err(OpError::NoSpace), _) => {
+                self.counters.count("reached: no space");
+                let verdict = self.register.no_space(tag);
+                self.judge(verdict);
+            }
+            (Err(error), _) => self.ended_in_error(client, tag, session, error),
+        }
+    }
+
+    fn ended_in_error(&mut self, client: usize, tag: u64, session: SessionId, error: OpError) {
+        self.counters.count("reached: an I/O error");
+        if error == OpError::ReadOnly {
+            self.fail("driver", "a session that may write is told that it may not".into());
+        }
+        let verdict = self.register.failed(tag, self.store.lists(session));
+        self.judge(verdict);
+        let ended = self.clients[client].processes.values().any(|r| r.driver.has_ended());
+        if let Some(attached) = self.clients[client].attached.as_mut() {
+            attached.dead |= ended;
+        }
+    }
+
+    // ---- the runtime of a driver ----
+
+    pub(super) fn wake_driver(&mut self, client: usize, epoch: u32, serial: u64) {
+        if self.clients[client].processes.get(&epoch).is_some_and(|r| r.wake == serial) {
+            self.driver_input(Process { host: Host::Driver(client), epoch }, Input::Timer);
+        }
+    }
+
+    pub(super) fn driver_connected(&mut self, process: Process, server: ServerId, link: LinkId) {
+        let Host::Driver(client) = process.host else { return };
+        if let Some(runtime) = self.clients[client].processes.get_mut(&process.epoch) {
+            runtime.links.insert(link);
+            runtime.fails.remove(&server);
+            self.driver_input(process, Input::Connected { server, link });
+        }
+    }
+
+    pub(super) fn driver_broken(&mut self, process: Process, server: ServerId, link: Option<LinkId>, refused: bool) {
+        let Host::Driver(client) = process.host else { return };
+        let Some(runtime) = self.clients[client].processes.get_mut(&process.epoch) else { return };
+        if let Some(link) = link
+            && !runtime.links.remove(&link)
+        {
+            return;
+        }
+        *runtime.fails.entry(server).or_default() += 1;
+        self.driver_input(process, Input::Broken { server, link, refused });
+    }
+
+    pub(super) fn dial_for_driver(&mut self, process: Process, server: ServerId) {
+        let Host::Driver(client) = process.host else { return };
+        if self.clients[client].processes.contains_key(&process.epoch) {
+            self.dial(process, server, Purpose::Driver(server));
+        }
+    }
+
+    pub(super) fn driver_input(&mut self, process: Process, input: Input) {
+        let Host::Driver(client) = process.host else { return };
+        let now = self.clock(process.host);
+        self.trace(|| format!("driver {client}.{} <- {}", process.epoch, brief(&input)));
+        let Some(runtime) = self.clients[client].processes.get_mut(&process.epoch) else { return };
+        let mut out = Vec::new();
+        runtime.driver.handle(now, input, &mut out);
+        for output in out {
+            self.driver_output(client, process, output);
+        }
+    }
+
+    fn driver_output(&mut self, client: usize, process: Process, output: Output) {
+        self.trace(|| format!("driver {client}.{} -> {}", process.epoch, brief(&output)));
+        match output {
+            Output::Connect { server, .. } => {
+                let fails = self.clients[client].processes.get(&process.epoch).and_then(|r| r.fails.get(&server));
+                let wait = fails.map_or(0, |n| (25_000u64 << (*n).min(6)).min(1_000_000));
+                self.queue.push(self.now + 1 + wait, Event::Dial { process, to: server });
+            }
+            Output::Disconnect { link } => {
+                if let Some(runtime) = self.clients[client].processes.get_mut(&process.epoch) {
+                    runtime.links.remove(&link);
+                }
+                self.close(link.0 as usize, 0);
+            }
+            Output::Send { link, frame } => {
+                self.count_sent(&frame.body);
+                self.send(link.0 as usize, 0, Message::Request(frame));
+            }
+            Output::Complete { tag, result } => self.completed(client, process.epoch, tag.0, result),
+            Output::Report(report) => self.send_report(client, &report),
+            Output::WakeAt(at) => self.set_driver_timer(client, process, at),
+            Output::Exit => {
+                self.counters.count("reached: a superseded driver exits");
+                self.note(|| format!("driver {client}.{} exits", process.epoch));
+                self.clients[client].processes.remove(&process.epoch);
+                self.drop_connections(process, Leaving::Closed);
+            }
+        }
+    }
+
+    fn count_sent(&mut self, body: &RequestBody) {
+        match body {
+            RequestBody::Ping => self.counters.count("reached: a ping for the read lease"),
+            RequestBody::Handled { .. } => self.counters.count("reached: a driver said handled"),
+            RequestBody::Adopt { .. } => self.counters.count("reached: a successor adopts"),
+            RequestBody::Reserve { .. } => self.counters.count("reached: a reservation"),
+            _ => {}
+        }
+    }
+
+    fn set_driver_timer(&mut self, client: usize, process: Process, at: Millis) {
+        let Some(runtime) = self.clients[client].processes.get_mut(&process.epoch) else { return };
+        runtime.wake += 1;
+        let serial = runtime.wake;
+        if let Some(at) = self.when(process.host, at) {
+            self.queue.push(at, Event::Wake { process, serial });
+        }
+    }
+
+    fn driver_generation(&self, client: usize, epoch: u32) -> Generation {
+        self.clients[client].processes.get(&epoch).map_or(Generation(0), |r| r.driver.generation())
+    }
+}
+
+fn first_stamps(data: &[u8]) -> String {
+    let stamps: Vec<String> = data
+        .chunks(BLOCK as usize)
+        .take(24)
+        .map(|b| stamp::read(b).map_or("torn".into(), |s| (s >> 16).to_string()))
+        .collect();
+    if stamps.is_empty() { "is done".into() } else { format!("reads {}", stamps.join(" ")) }
+}

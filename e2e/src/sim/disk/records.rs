@@ -1,0 +1,103 @@
+//! What each durable record does to the fake disk.
+
+use super::{Cell, Disk, DiskPage, Version};
+use lamina_protocol::layer::{BlockState, PageKey};
+use lamina_protocol::storage_server::medium::Record;
+
+/// The page that a record is about, if it is about one.
+pub(super) fn page_of(record: &Record) -> Option<PageKey> {
+    match record {
+        Record::Pending { page, .. } | Record::Missed { page, .. } | Record::Stale { page, .. } => Some(*page),
+        Record::MarkUnsynced(page) | Record::ClearUnsynced(page) | Record::DropPage(page) => Some(*page),
+        _ => None,
+    }
+}
+
+fn make_stale(page: &mut DiskPage) {
+    let stale = |version: &mut Version| {
+        if version.state != BlockState::Absent {
+            version.state = BlockState::Stale;
+        }
+    };
+    for cell in &mut page.cells {
+        cell.for_all(stale);
+    }
+}
+
+impl Disk {
+    pub(super) fn commit(&mut self, record: Record) {
+        match record {
+            Record::Pending { page, set } => self.with_page(page, |p| p.pending = set),
+            Record::Missed { page, mask } => self.with_page(page, |p| p.missed = mask),
+            Record::MarkUnsynced(page) => self.with_page(page, |p| {
+                make_stale(p);
+                p.unsynced = true;
+            }),
+            Record::ClearUnsynced(page) => self.with_page(page, |p| p.unsynced = false),
+            Record::Stale { page, blocks } => self.with_page(page, |p| {
+                for block in blocks {
+                    p.cells[block as usize].for_all(|version| version.state = BlockState::Stale);
+                }
+            }),
+            Record::DropPage(page) => {
+                self.pages.remove(&page);
+            }
+            Record::MarkLayerUnsynced { copy, layer } => {
+                for (_, page) in self.pages.iter_mut().filter(|(k, _)| k.copy == copy && k.layer == layer) {
+                    make_stale(page);
+                }
+                self.set_cursor(copy, layer, 0);
+            }
+            Record::Cursor { copy, layer, cursor } => self.set_cursor(copy, layer, cursor),
+            Record::PutCopy(mut put) => {
+                if let Some(old) = self.copies.get(&put.copy) {
+                    for layer in &mut put.layers {
+                        if let Some(had) = old.layers.iter().find(|l| l.layer == layer.layer) {
+                            layer.cursor = had.cursor;
+                        }
+                    }
+                }
+                self.pages.retain(|k, _| k.copy != put.copy || put.layers.iter().any(|l| l.layer == k.layer));
+                self.copies.insert(put.copy, put);
+            }
+            Record::DropCopy(copy) => {
+                self.copies.remove(&copy);
+                self.pages.retain(|k, _| k.copy != copy);
+            }
+            Record::PutVolume { volume, blob } => {
+                self.volumes.insert(volume, blob);
+            }
+            Record::DropVolume(volume) => {
+                self.volumes.remove(&volume);
+            }
+            Record::LeaseNumber(number) => self.lease_number = self.lease_number.max(number),
+        }
+    }
+
+    fn with_page(&mut self, key: PageKey, change: impl FnOnce(&mut DiskPage)) {
+        // A record about a page of a copy that was dropped meanwhile has nothing to act on.
+        if let Some(page) = self.page_mut(key) {
+            change(page);
+            if !page.has_entry() {
+                self.pages.remove(&key);
+            }
+        }
+    }
+
+    fn set_cursor(&mut self, copy: lamina_protocol::ids::CopyId, layer: lamina_protocol::ids::LayerId, cursor: u64) {
+        let layers = self.copies.get_mut(&copy).into_iter().flat_map(|c| &mut c.layers);
+        for found in layers.filter(|l| l.layer == layer) {
+            found.cursor = cursor;
+        }
+    }
+}
+
+impl Cell {
+    /// Keeps one version; the others never were.
+    pub(super) fn settle_on(&mut self, pick: usize) {
+        if pick < self.later.len() {
+            self.durable = self.later.swap_remove(pick).1;
+        }
+        self.later.clear();
+    }
+}

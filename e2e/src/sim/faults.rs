@@ -1,0 +1,180 @@
+//! What goes wrong, applied; and how all is healed in the end.
+
+use super::disk::{Cut, Disk, Failing};
+use super::event::{Event, Host};
+use super::plan::{DiskFault, Fault};
+use super::world::World;
+use lamina_protocol::ids::DeviceId;
+use lamina_protocol::map::MemberState;
+use lamina_protocol::storage_server;
+
+impl World {
+    pub(super) fn fault(&mut self, n: usize, fault: &Fault) {
+        let acted = self.inject(n, fault);
+        if acted {
+            self.counters.count(&format!("fault: {}", fault.kind()));
+        } else {
+            self.note(|| "(nothing there for this fault)".into());
+        }
+    }
+
+    fn inject(&mut self, n: usize, fault: &Fault) -> bool {
+        match fault {
+            Fault::StopServers { servers, power, down_ms } => self.stop_servers(servers, *power, *down_ms),
+            Fault::KillDriver { client, down_ms } => return self.kill_driver(*client, down_ms * 1_000),
+            Fault::TakeOver { client } => return self.take_over(*client),
+            Fault::PowerOffClient { client, down_ms } => self.power_off_client(*client, down_ms * 1_000),
+            Fault::KillOperator { operator, down_ms } => self.stop_operator(*operator, down_ms * 1_000),
+            Fault::KillLeaderAt { step, down_ms } => self.armed.push((*step, *down_ms)),
+            Fault::LoseLease => self.store.holder = None,
+            Fault::Freeze { host, ms } => {
+                self.freeze(*host, n);
+                self.queue.push(self.now + ms * 1_000, Event::Thaw { host: *host, number: n });
+            }
+            Fault::Cut { from, to, both, ms } => {
+                self.cut(from, to, *both, true);
+                self.queue.push(self.now + ms * 1_000, Event::Heal(n));
+            }
+            Fault::Break { pick } => self.break_connections(*pick),
+            Fault::FailDisk { server, disk, how } => {
+                self.servers[*server].disks[*disk].failing = Some(match how {
+                    DiskFault::Write => Failing::Write,
+                    DiskFault::Commit => Failing::Commit,
+                    DiskFault::Flush => Failing::Flush,
+                });
+            }
+            Fault::Rot { server, disk, pick } => {
+                self.register.rotted();
+                return self.servers[*server].disks[*disk].rot(*pick);
+            }
+            Fault::BlankDisk { server, disk, down_ms } => return self.blank_disk(*server, *disk, down_ms * 1_000),
+            Fault::SlowDisk { server, extra_us, ms } => {
+                self.servers[*server].extra_us = *extra_us;
+                self.queue.push(self.now + ms * 1_000, Event::Heal(n));
+            }
+            Fault::Leave { server, down_ms } => {
+                self.server_input(*server, storage_server::Input::Leave);
+                self.queue.push(self.now + down_ms * 1_000 / 2 + 2_000_000, Event::Heal(n));
+            }
+        }
+        true
+    }
+
+    /// The end of a fault, or the second half of it.
+    pub(super) fn heal(&mut self, n: usize) {
+        if self.healed {
+            return;
+        }
+        let super::plan::Action::Fault(fault) = self.plan.steps[n].action.clone() else { return };
+        match fault {
+            Fault::Cut { from, to, both, .. } => {
+                self.cut(&from, &to, both, false);
+                self.flow_again();
+                self.tell_watchers();
+            }
+            Fault::SlowDisk { server, .. } => self.servers[server].extra_us = 0,
+            Fault::Leave { server, down_ms } => self.stop_server(server, Cut::Process, down_ms * 1_000),
+            _ => {}
+        }
+    }
+
+    fn stop_servers(&mut self, servers: &[usize], power: bool, down_ms: u64) {
+        let cut = if power { Cut::Power } else { Cut::Process };
+        if servers.len() == self.servers.len() {
+            self.counters.count("reached: all servers down at once");
+        }
+        for &server in servers {
+            let later = if servers.len() > 1 { self.dice.within(0, 500_000) } else { 0 };
+            self.stop_server(server, cut, down_ms * 1_000 + later);
+        }
+    }
+
+    fn cut(&mut self, from: &[Host], to: &[Host], both: bool, cut: bool) {
+        for &a in from {
+            for &b in to {
+                if cut { self.net.cut(a, b) } else { self.net.mend(a, b) }
+                if both {
+                    if cut { self.net.cut(b, a) } else { self.net.mend(b, a) }
+                }
+            }
+        }
+    }
+
+    /// Some connections break; each end sees it in its own time.
+    fn break_connections(&mut self, pick: u64) {
+        for (n, conn) in self.net.live().into_iter().enumerate() {
+            if (pick >> (n % 60)) & 3 == 0 {
+                let end = (pick >> 61) as usize & 1;
+                let [soon, late] = [self.dice.within(1, 20_000), self.dice.within(1, 2_000_000)];
+                self.queue.push(self.now + soon, Event::Gone { conn, end });
+                self.queue.push(self.now + late, Event::Gone { conn, end: 1 - end });
+            }
+        }
+    }
+
+    /// Only where every group with a copy there has another `Active` copy that serves: the last one is not taken away.
+    fn blank_disk(&mut self, server: usize, disk: usize, down_us: u64) -> bool {
+        let Some(map) = self.store.map() else { return false };
+        let here = |copy| self.servers[server].disks[disk].has_copy(copy);
+        let open = |boot| self.servers.iter().any(|s| s.machine.is_some() && s.disks.iter().any(|d| d.boot() == Some(boot)));
+        let spared = map.groups().filter(|(_, _, g)| g.members.iter().any(|m| here(m.copy))).all(|(_, _, group)| {
+            group.in_state(MemberState::Active).any(|m| !here(m.copy) && open(m.boot))
+        });
+        let used = self.servers[server].disks[disk].copies().next().is_some();
+        if !spared || !used || self.servers[server].machine.is_none() {
+            return false;
+        }
+        self.stop_server(server, Cut::Power, down_us);
+        let blank = Disk::blank(DeviceId(self.mint()), self.plan.setup.capacity_bytes);
+        self.servers[server].disks[disk] = blank;
+        self.servers[server].promised = Default::default();
+        true
+    }
+
+    /// No more faults: everything that is down starts, everything that is cut is joined.
+    pub(super) fn heal_all(&mut self) {
+        self.note(|| "all is healed".into());
+        self.healed = true;
+        self.armed.clear();
+        for step in self.plan.steps.clone() {
+            if let super::plan::Action::Fault(Fault::Cut { from, to, both, .. }) = step.action {
+                self.uncut(&from, &to, both);
+            }
+        }
+        self.flow_again();
+        for host in self.frozen.keys().copied().collect::<Vec<_>>() {
+            self.thaw(host, None);
+        }
+        for server in 0..self.servers.len() {
+            self.servers[server].extra_us = 0;
+            let epoch = self.servers[server].epoch;
+            self.queue.push(self.now + 100_000, Event::Boot { host: Host::Server(server), epoch });
+            for disk in &mut self.servers[server].disks {
+                disk.failing = None;
+            }
+        }
+        for operator in 0..self.operators.len() {
+            let epoch = self.operators[operator].epoch;
+            self.queue.push(self.now + 100_000, Event::Boot { host: Host::Operator(operator), epoch });
+        }
+        for client in 0..self.clients.len() {
+            let epoch = self.clients[client].epoch;
+            self.queue.push(self.now + 200_000, Event::Boot { host: Host::Driver(client), epoch });
+        }
+        self.tell_watchers();
+        self.begin_the_end();
+    }
+
+    fn uncut(&mut self, from: &[Host], to: &[Host], both: bool) {
+        for &a in from {
+            for &b in to {
+                while self.net.is_cut(a, b) {
+                    self.net.mend(a, b);
+                }
+                while both && self.net.is_cut(b, a) {
+                    self.net.mend(b, a);
+                }
+            }
+        }
+    }
+}

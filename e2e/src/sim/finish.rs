@@ -1,0 +1,137 @@
+//! The end of a run, after all is healed: every request is answered, the volume becomes whole, everything that was
+//! acknowledged is read, all copies are equal and nothing is pending, each within a bound of virtual time.
+
+use super::plan::Ask;
+use super::world::World;
+use lamina_protocol::map::{MemberState, VolumeMap};
+
+/// Bound on the time from the healing until the volume is whole and everything answered, beside `rebuildAfter`.
+const WHOLE_US: u64 = 150_000_000;
+/// Bound on the time for the last reads.
+const READ_US: u64 = 60_000_000;
+/// Idle time after which nothing may be pending: a driver confirms within a second, marks go in batches.
+const QUIET_US: u64 = 8_000_000;
+
+/// How far the end is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Ending {
+    NotYet,
+    Healing { since: u64 },
+    Reading { since: u64, tags: Vec<u64> },
+    Quiet { since: u64 },
+}
+
+impl World {
+    pub(super) fn begin_the_end(&mut self) {
+        self.ending = Ending::Healing { since: self.now };
+        // Somebody must use the volume, so that it can be read.
+        if !self.clients.iter().any(|c| c.wanted) {
+            self.clients[0].wanted = true;
+        }
+    }
+
+    pub(super) fn watch_the_end(&mut self) {
+        match self.ending.clone() {
+            Ending::NotYet => {}
+            Ending::Healing { since } => self.until_whole(since),
+            Ending::Reading { since, tags } => self.until_read(since, &tags),
+            Ending::Quiet { since } => {
+                if self.now - since > QUIET_US {
+                    self.last_look();
+                    self.stopped = true;
+                }
+            }
+        }
+    }
+
+    fn until_whole(&mut self, since: u64) {
+        let missing = self.missing();
+        let Some(missing) = missing else {
+            return self.read_everything();
+        };
+        let bound = WHOLE_US + self.plan.setup.rebuild_after_ms * 1_000;
+        if self.now - since > bound {
+            self.fail("liveness", format!("{} s after all was healed: {missing}", bound / 1_000_000));
+        }
+    }
+
+    /// What is not yet as it should be.
+    fn missing(&self) -> Option<String> {
+        let Some(map) = self.store.map() else { return Some("no map was ever committed".into()) };
+        if let Some(what) = self.not_whole(map) {
+            return Some(what);
+        }
+        for (n, client) in self.clients.iter().enumerate() {
+            if !client.device.is_empty() {
+                let tags: Vec<String> = client.device.iter().take(4).map(|(t, r)| format!("{t:x} ({})", r.ask)).collect();
+                return Some(format!("client {n} waits for {} requests: {}", client.device.len(), tags.join(", ")));
+            }
+        }
+        let reader = self.reader();
+        reader.is_none().then(|| "no session was admitted".into())
+    }
+
+    fn not_whole(&self, map: &VolumeMap) -> Option<String> {
+        let copies = usize::from(self.plan.setup.copies);
+        for (_, number, group) in map.groups() {
+            let open = |boot| self.servers.iter().any(|s| s.disks.iter().any(|d| d.boot() == Some(boot)));
+            let active = group.in_state(MemberState::Active).filter(|m| open(m.boot)).count();
+            if active != copies || group.members.len() != copies {
+                return Some(format!("group {number} of generation {} is {:?}", map.generation, group.members));
+            }
+        }
+        map.settling().then(|| format!("generation {} is still settling", map.generation))
+    }
+
+    fn reader(&self) -> Option<usize> {
+        let map = self.store.map()?;
+        self.clients.iter().position(|c| {
+            let usable = |a: &super::clients::Attachment| {
+                a.staged && !a.lost && !a.dead && !a.draining && a.wished && map.session(a.id).is_some()
+            };
+            c.attached.as_ref().is_some_and(usable) && !c.processes.is_empty()
+        })
+    }
+
+    fn read_everything(&mut self) {
+        let client = self.reader().expect("looked for before");
+        let blocks = self.plan.setup.blocks;
+        let mut tags = Vec::new();
+        let mut at = 0;
+        while at < blocks {
+            let count = (blocks - at).min(16);
+            tags.push(self.ask_now(client, Ask::Read(at, count)));
+            at += count;
+        }
+        self.ending = Ending::Reading { since: self.now, tags };
+    }
+
+    fn until_read(&mut self, since: u64, tags: &[u64]) {
+        let waiting = tags.iter().find(|tag| self.clients.iter().any(|c| c.device.contains_key(tag)));
+        match waiting {
+            None => self.ending = Ending::Quiet { since: self.now },
+            Some(tag) if self.now - since > READ_US => {
+                self.fail("liveness", format!("the last read {tag:x} was not answered within a minute"));
+            }
+            Some(_) => {}
+        }
+    }
+
+    fn last_look(&mut self) {
+        let Some(map) = self.store.map().cloned() else { return };
+        if let Some(what) = self.not_whole(&map) {
+            return self.fail("liveness", format!("the volume was whole and is no longer: {what}"));
+        }
+        if let Some((oracle, what)) = self.look_at(&map, true) {
+            return self.fail(oracle, format!("after all was quiet: {what}"));
+        }
+        for member in map.members() {
+            let disk = self.servers.iter().flat_map(|s| &s.disks).find(|d| d.has_copy(member.copy));
+            let pending = disk.map(|d| d.pending_pages(member.copy)).unwrap_or_default();
+            if !pending.is_empty() {
+                return self.fail("pending", format!("after all was quiet pages {pending:?} of {member:?} are pending"));
+            }
+        }
+        self.counters.count("runs to the end");
+    }
+}

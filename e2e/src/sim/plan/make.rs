@@ -1,0 +1,151 @@
+//! From a seed to a plan.
+
+use super::{Action, Ask, DiskFault, Fault, Plan, Setup, Step};
+use crate::sim::dice::Dice;
+use crate::sim::event::Host;
+use lamina_protocol::management::Step as LeaderStep;
+
+const PAGE_BYTES: u32 = 64 << 10;
+
+impl Plan {
+    /// The run of this seed.
+    pub fn of(seed: u64) -> Self {
+        let mut dice = Dice::new(seed, 0);
+        let setup = setup(&mut dice);
+        let mut steps = vec![Step { at_us: 1_000_000, action: Action::Attach { client: 0, clean: true } }];
+        asks(&setup, &mut dice, &mut steps);
+        faults(&setup, &mut dice, &mut steps);
+        steps.sort_by_key(|step| step.at_us);
+        Self { seed, setup, steps }
+    }
+}
+
+fn setup(dice: &mut Dice) -> Setup {
+    let copies = [1, 2, 2, 2, 2, 3, 3][dice.index(7)];
+    let servers = usize::from(copies) + dice.index(2);
+    let groups = [1, 1, 2, 3][dice.index(4)];
+    let pages = u64::from(groups) * dice.within(1, 3);
+    let roomy = !dice.chance(1, 8);
+    let used = pages * u64::from(PAGE_BYTES);
+    Setup {
+        servers,
+        disks: 1 + dice.index(2),
+        clients: 2 + dice.index(2),
+        operators: if dice.chance(1, 5) { 1 } else { 2 },
+        copies,
+        groups,
+        blocks: pages * u64::from(PAGE_BYTES / 4096) - if dice.chance(1, 3) { dice.within(1, 8) } else { 0 },
+        page_bytes: PAGE_BYTES,
+        capacity_bytes: if roomy { 64 << 20 } else { used.max(u64::from(PAGE_BYTES) * 2) },
+        multi_session: dice.chance(1, 8),
+        rebuild_after_ms: [8_000, 20_000, 600_000][dice.index(3)],
+        network_us: [80, 300, 1_500][dice.index(3)],
+        jitter_us: [500, 5_000, 60_000][dice.index(3)],
+        drift_ppm: if dice.chance(1, 3) { 45_000 } else { 0 },
+        stubborn_ms: [0, 0, 3_000, 12_000][dice.index(4)],
+        kept_bytes: if dice.chance(1, 4) { 256 << 10 } else { 16 << 20 },
+        heal_at_us: dice.within(20, 60) * 1_000_000,
+    }
+}
+
+/// Few hot blocks, so that everything meets; bursts and pauses, so that idle times come too.
+fn asks(setup: &Setup, dice: &mut Dice, steps: &mut Vec<Step>) {
+    let end = setup.heal_at_us;
+    let hot: Vec<u64> = (0..6).map(|_| dice.below(setup.blocks)).collect();
+    let pace_us = [500, 5_000, 50_000][dice.index(3)];
+    let flushes = [2, 10, 30][dice.index(3)];
+    let mut at_us = 2_000_000;
+    let budget = dice.within(60, 1_200);
+    for _ in 0..budget {
+        at_us += if dice.chance(1, 60) { dice.within(100_000, 4_000_000) } else { dice.below(2 * pace_us) };
+        if at_us >= end {
+            break;
+        }
+        let block = if dice.chance(3, 4) { hot[dice.index(hot.len())] } else { dice.below(setup.blocks) };
+        let count = if dice.chance(1, 4) { dice.within(1, 24) } else { dice.within(1, 2) }.min(setup.blocks - block);
+        let ask = match dice.below(100) {
+            n if n < flushes => Ask::Flush,
+            n if n < 60 => Ask::Write(block, count),
+            n if n < 66 => Ask::Discard(block, count),
+            _ => Ask::Read(block, count),
+        };
+        let client = dice.index(setup.clients);
+        steps.push(Step { at_us, action: Action::Ask { client, ask } });
+    }
+}
+
+fn faults(setup: &Setup, dice: &mut Dice, steps: &mut Vec<Step>) {
+    let count = dice.within(0, 14);
+    // A run speaks mostly of two or three kinds of trouble; all at once hide each other.
+    let kinds: Vec<u64> = (0..dice.within(1, 5)).map(|_| dice.below(21)).collect();
+    let mut blanked = false;
+    for _ in 0..count {
+        let at_us = dice.within(1_500_000, setup.heal_at_us);
+        let kind = kinds[dice.index(kinds.len())];
+        let action = fault(setup, dice, kind, &mut blanked);
+        steps.push(Step { at_us, action });
+        if dice.chance(1, 4) {
+            let kind = kinds[dice.index(kinds.len())];
+            let action = fault(setup, dice, kind, &mut blanked);
+            steps.push(Step { at_us: at_us + dice.within(1, 800_000), action });
+        }
+    }
+}
+
+fn down(dice: &mut Dice) -> u64 {
+    [dice.within(1, 300), dice.within(300, 4_000), dice.within(3_000, 25_000)][dice.index(3)]
+}
+
+fn fault(setup: &Setup, dice: &mut Dice, kind: u64, blanked: &mut bool) -> Action {
+    let server = dice.index(setup.servers);
+    let disk = dice.index(setup.disks);
+    let client = dice.index(setup.clients);
+    let down_ms = down(dice);
+    Action::Fault(match kind {
+        0..=1 => Fault::StopServers { servers: vec![server], power: kind == 1, down_ms },
+        2 => Fault::StopServers { servers: (0..setup.servers).collect(), power: dice.chance(3, 4), down_ms: down_ms.min(6_000) },
+        3..=4 => Fault::KillDriver { client, down_ms: down_ms.min(5_000) },
+        5 => Fault::TakeOver { client },
+        6 => Fault::PowerOffClient { client, down_ms },
+        7 => Fault::KillOperator { operator: dice.index(setup.operators), down_ms },
+        8..=9 => Fault::KillLeaderAt { step: LeaderStep::ALL[dice.index(LeaderStep::ALL.len())], down_ms },
+        10 => Fault::LoseLease,
+        11 => Fault::Freeze { host: any_host(setup, dice), ms: down_ms },
+        12..=13 => cut(setup, dice, down_ms),
+        14 => Fault::Break { pick: dice.next() },
+        15 => {
+            let how = [DiskFault::Write, DiskFault::Commit, DiskFault::Flush][dice.index(3)];
+            Fault::FailDisk { server, disk, how }
+        }
+        16 => Fault::Rot { server, disk, pick: dice.next() },
+        17 if setup.copies > 1 && !std::mem::replace(blanked, true) => Fault::BlankDisk { server, disk, down_ms },
+        18 => Fault::SlowDisk { server, extra_us: dice.within(1_000, 400_000), ms: down_ms },
+        19 => Fault::Leave { server, down_ms },
+        20 if dice.chance(1, 2) => return Action::Detach { client },
+        _ => return Action::Attach { client, clean: dice.chance(1, 2) },
+    })
+}
+
+fn any_host(setup: &Setup, dice: &mut Dice) -> Host {
+    match dice.below(3) {
+        0 => Host::Server(dice.index(setup.servers)),
+        1 => Host::Driver(dice.index(setup.clients)),
+        _ => Host::Operator(dice.index(setup.operators)),
+    }
+}
+
+/// One pair, or one side against the rest.
+fn cut(setup: &Setup, dice: &mut Dice, ms: u64) -> Fault {
+    let mut all: Vec<Host> = (0..setup.servers).map(Host::Server).collect();
+    all.extend((0..setup.clients).map(Host::Driver));
+    all.extend((0..setup.operators).map(Host::Operator));
+    all.push(Host::Api);
+    let both = dice.chance(1, 2);
+    if dice.chance(1, 2) {
+        let from = all.remove(dice.index(all.len()));
+        let to = all[dice.index(all.len())];
+        return Fault::Cut { from: vec![from], to: vec![to], both, ms };
+    }
+    let (from, to) = all.into_iter().partition(|_| dice.chance(1, 2));
+    Fault::Cut { from, to, both, ms }
+}
