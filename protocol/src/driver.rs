@@ -4,7 +4,7 @@
 //! [`Output`]. Absent on purpose: polling, retries on a timer without a reason, any word to the operator but reports.
 
 use crate::control::{DriverReport, Trouble};
-use crate::ids::{Generation, Incarnation, ServerId, SessionId, VolumeId};
+use crate::ids::{Generation, Incarnation, OpenNumber, ServerId, SessionId, VolumeId};
 use crate::limits::STALL_TIMEOUT_MS;
 use crate::map::{AccessMode, VolumeMap};
 use crate::time::Millis;
@@ -217,6 +217,8 @@ pub struct Driver {
     /// Whether a map has listed the session.
     listed: bool,
     incarnation: Incarnation,
+    /// The highest number of an `Open`, at whatever server (R7).
+    last_open: OpenNumber,
     /// Losses up to here are handled (R2).
     handled: Generation,
     peers: BTreeMap<ServerId, Peer>,
@@ -264,6 +266,7 @@ impl Driver {
             view: None,
             listed: false,
             incarnation: Incarnation(u64::from(!resume)),
+            last_open: OpenNumber(0),
             handled: Generation(0),
             peers: BTreeMap::new(),
             links: BTreeMap::new(),

@@ -128,8 +128,8 @@ impl Driver {
 
     /// Idle: flush what is not flushed, then let everybody know how far is confirmed.
     fn look_at_idleness(&mut self) {
-        if self.phase != Phase::Serving {
-            return;
+        if !self.is_serving() {
+            return; // The timer is set anew when it serves again.
         }
         if let Some(since) = self.unflushed_since {
             let due = self.changed_at.after(IDLE_CONFIRM_MS).min(since.after(UNFLUSHED_MAX_MS));

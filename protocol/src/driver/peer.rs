@@ -141,8 +141,6 @@ pub(super) struct Peer {
     pub(super) refused_at: Generation,
     /// The generation at which it last refused a ping: it is not asked again before the next one.
     pub(super) ping_refused_at: Generation,
-    /// The highest number of an `Open` sent to it in the present incarnation.
-    pub(super) opens: OpenNumber,
     /// It has opened a handle for the present incarnation: no other process acts under that one (H20).
     pub(super) vouched: bool,
 }
@@ -167,7 +165,6 @@ impl Peer {
             retry_open_at: None,
             refused_at: Generation(0),
             ping_refused_at: Generation(0),
-            opens: OpenNumber(0),
             vouched: false,
         }
     }

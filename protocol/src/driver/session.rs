@@ -75,7 +75,6 @@ impl Driver {
         assert!(self.phase == Phase::Discovering && incarnation > self.incarnation);
         self.incarnation = incarnation;
         for peer in self.peers.values_mut() {
-            peer.opens = OpenNumber(0);
             peer.vouched = false;
             peer.forget_open();
         }
@@ -209,9 +208,9 @@ impl Driver {
         // A successor's first Open has the lowest number until it is taken: if another process has opened as this very
         // incarnation, it is refused.
         let first = self.phase == Phase::Discovering && self.config.start == Start::Resume && !peer.vouched;
-        let number = if first { OpenNumber(1) } else { peer.opens.next() };
+        let number = if first { OpenNumber(1) } else { self.last_open.next() };
         let key = (self.incarnation, number);
-        peer.opens = peer.opens.max(number);
+        self.last_open = self.last_open.max(number);
         peer.handle = Handle::Opening(key);
         let body = RequestBody::Open {
             volume: self.config.volume,
@@ -345,9 +344,7 @@ impl Driver {
     /// A process with this very incarnation has opened here. During discovery that is another one: a first stage gives
     /// way, a successor takes a higher incarnation. Later it can only be this process, before the server left the map.
     fn refused(&mut self, server: ServerId, highest: OpenNumber) {
-        if let Some(peer) = self.peers.get_mut(&server) {
-            peer.opens = peer.opens.max(highest);
-        }
+        self.last_open = self.last_open.max(highest);
         match (self.phase, self.config.start) {
             (Phase::Discovering, Start::Fresh) => self.superseded(),
             (Phase::Discovering, Start::Resume) => self.act_as(self.incarnation.next()),
