@@ -14,6 +14,9 @@ use crate::limits::MAX_ORDINALS;
 use crate::map::{Group, Member, MemberState, ServerEntry, Session, Settle, Standing, VolumeMap};
 use std::collections::{BTreeMap, BTreeSet};
 
+/// Sessions of one volume at a time: the map has to stay within its 64 KiB.
+const MAX_SESSIONS: usize = 128;
+
 /// What is wanted of the next map. What the answers do not allow is not done.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Goal {
@@ -166,7 +169,7 @@ fn kept_sessions(old: &VolumeMap, goal: &Goal, answers: &BTreeMap<ServerId, Answ
 /// The wishes that could be admitted beside the kept sessions: all on a shared volume, else one if there is none.
 fn joining<'a>(kept: &[Session], old: &VolumeMap, goal: &'a Goal) -> Vec<&'a SessionWish> {
     let new = goal.sessions.iter().filter(|wish| kept.iter().all(|s| s.id != wish.id));
-    let most = if old.multi_session { usize::MAX } else { 1usize.saturating_sub(kept.len()) };
+    let most = if old.multi_session { MAX_SESSIONS } else { 1usize }.saturating_sub(kept.len());
     new.take(most).collect()
 }
 

@@ -38,8 +38,8 @@ pub(super) struct Deleting {
 impl Volume {
     /// Sends the committed map to every server of it that has not confirmed it.
     pub(super) fn serve(&mut self, world: &mut World<'_>) {
-        let Some(map) = self.object.status.map.clone() else { return };
-        let generation = map.generation;
+        let Some(map) = self.object.status.map.as_ref() else { return };
+        let (volume, generation) = (map.volume, map.generation);
         let servers: BTreeSet<_> = map.members().map(|m| m.server).collect();
         self.served.retain(|id, _| servers.contains(id));
         for id in servers {
@@ -54,7 +54,7 @@ impl Volume {
             }
             if due {
                 served.asked = Some(world.now);
-                world.ask(id, map.volume, What::Serve(generation), ControlRequest::Serve { map: map.clone() });
+                world.ask(id, volume, What::Serve(generation), ControlRequest::Serve { map: map.clone() });
             }
             world.wake_at(world.now.after(AGAIN_MS));
         }

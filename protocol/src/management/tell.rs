@@ -101,12 +101,24 @@ impl Volume {
         }
         let filling: Vec<_> = degraded.iter().flat_map(|g| g.in_state(MemberState::Syncing)).map(|m| m.copy).collect();
         let (reason, text) = if filling.is_empty() {
-            let copies: Vec<_> = map.members().filter(|m| m.state == MemberState::Failed).map(|m| m.copy).collect();
-            (Reason::MembersFailed, format!("away: {}", places(map, &copies)))
+            let away = |m: &&crate::map::Member| m.state == MemberState::Failed || failing(m);
+            let copies: Vec<_> = map.members().filter(away).map(|m| m.copy).collect();
+            (Reason::MembersFailed, format!("away: {}{}", places(map, &copies), self.suspicion(map, world)))
         } else {
             (Reason::Filling, format!("being filled: {}", places(map, &filling)))
         };
         Condition { kind, holds: false, reason, text }
+    }
+
+    /// Why silent members are not left out.
+    fn suspicion(&self, map: &VolumeMap, world: &World<'_>) -> &'static str {
+        let suspected = map.members().any(|m| world.servers.health(m.server) == super::ServerHealth::Suspected);
+        if suspected {
+            "; so many servers are silent at once that the operator suspects itself: they are left out only when a \
+             driver reports them too"
+        } else {
+            ""
+        }
     }
 
     fn settled(&self) -> Condition {

@@ -5,5 +5,6 @@ mod changes;
 mod fake;
 mod leaders;
 mod loss;
+mod plans;
 mod shape;
 mod walk;

@@ -69,7 +69,7 @@ fn follows(old: &VolumeMap, new: &VolumeMap) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 60, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 40, ..ProptestConfig::default() })]
     #[test]
     fn whatever_happens_committed_maps_keep_the_rules_and_trouble_ends(
         copies in 1u8..=3, groups in 1u8..=2,
