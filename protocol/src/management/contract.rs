@@ -69,6 +69,7 @@ pub struct ServerObject {
 }
 
 /// What happens to a leader.
+#[allow(clippy::large_enum_variant, reason = "handed over one at a time, never kept in bulk")]
 #[derive(Clone, Debug)]
 pub enum Input {
     /// Every volume and server that exists was handed in. Nothing is changed before.
@@ -141,6 +142,7 @@ pub enum Input {
 }
 
 /// What a leader wants done.
+#[allow(clippy::large_enum_variant, reason = "carried out at once, never kept in bulk")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Output {
     /// Ask a server. Calls to one server are delivered in order. Answered by `Reply` or `Unreachable`, in any order; a

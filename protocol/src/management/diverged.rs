@@ -48,8 +48,8 @@ impl Asked {
 
     /// The committed map of this generation, as some server stores it.
     fn map_of(&self, generation: Generation) -> Option<&VolumeMap> {
-        let maps = self.found.values().flatten().filter_map(|report| report.map.as_ref());
-        maps.filter(|map| map.generation == generation && map.validate().is_ok()).last()
+        let mut maps = self.found.values().flatten().filter_map(|report| report.map.as_ref());
+        maps.rfind(|map| map.generation == generation && map.validate().is_ok())
     }
 }
 

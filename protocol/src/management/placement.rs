@@ -172,9 +172,8 @@ fn zone_of(c: &Candidate) -> (String, ServerId) {
 
 /// 0 = on the consumer's node, 1 = in its zone, 2 = elsewhere.
 fn distance(need: Need<'_>, c: &Candidate) -> u8 {
-    if !need.policy.locality {
-        0
-    } else if !need.near_node.is_empty() && c.node == need.near_node {
+    let on_the_node = !need.near_node.is_empty() && c.node == need.near_node;
+    if !need.policy.locality || on_the_node {
         0
     } else if !need.near_zone.is_empty() && c.zone == need.near_zone {
         1

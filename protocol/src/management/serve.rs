@@ -169,11 +169,9 @@ impl Volume {
         let Some(deleting) = self.deleting.get_mut(&copy) else { return };
         match reply {
             // Not there is as good as deleted; a closed device says so instead.
-            Some(ControlReply::Done | ControlReply::NoCopy { .. }) => {
-                if !deleting.done {
-                    deleting.done = true;
-                    self.tell(world, EventReason::CopyDeleted, format!("copy {copy} was deleted"));
-                }
+            Some(ControlReply::Done | ControlReply::NoCopy { .. }) if !deleting.done => {
+                deleting.done = true;
+                self.tell(world, EventReason::CopyDeleted, format!("copy {copy} was deleted"));
             }
             Some(ControlReply::Refused { promised, .. }) => {
                 self.floor = self.floor.max(promised);
