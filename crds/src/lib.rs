@@ -1,8 +1,8 @@
 //! The Kubernetes API of Lamina, group `lamina.dev/v1alpha1`: what people write in `spec`, what the programs write in
 //! `status`.
 //!
-//! Types only, and the manifests made from them: nothing here decides anything, and what the protocol means by a map or a
-//! generation is said in PROTOCOL.md and translated at the operator's edge. Invariant: whatever a schema or a CEL rule can
+//! Types, the manifests made from them, and their translation from and to the protocol's ([`translate`]): nothing here
+//! decides anything, and what the protocol means by a map or a generation is said in PROTOCOL.md. Invariant: whatever a schema or a CEL rule can
 //! refuse is refused by the API server, in a sentence that says what to write instead; a reconciler meets only what is
 //! well formed. Numbers are `i64` with a range, because unsigned formats draw warnings from the API server.
 //!
@@ -15,6 +15,7 @@ pub mod replication_policy;
 pub mod schema;
 pub mod size;
 pub mod storage_server;
+pub mod translate;
 pub mod volume;
 
 pub use condition::{Condition, ConditionStatus, set_condition};

@@ -274,6 +274,8 @@ pub enum Purpose {
     Recover,
     /// Retracted before any server was asked; only its number still stands.
     Void,
+    /// A person adopted a map: servers may store committed maps up to this number, which are given up.
+    Adopted,
 }
 
 /// A copy made for a proposal.
