@@ -6,7 +6,7 @@
 
 use super::op::{Broadcast, Hold, Kind, Op, OpId, Origin, Setback, State};
 use super::peer::{Outgoing, What};
-use super::{Driver, Op as Wish, OpError, Output, Phase, Tag};
+use super::{Driver, Op as Wish, OpError, Output, Phase, Replay, Tag};
 use crate::ids::{Seq, ServerId};
 use crate::map::AccessMode;
 use crate::wire::RequestBody;
@@ -32,7 +32,10 @@ impl Driver {
             self.out.push(Output::Complete { tag, result: Ok(Bytes::new()) });
             return;
         }
-        let id = self.enter(Op::new(Origin::Os(tag), kind));
+        let mut op = Op::new(Origin::Os(tag), kind);
+        // What is given back to a successor may have been sent by the process before: it is a restart (R8).
+        op.sent = self.replay == Replay::Running;
+        let id = self.enter(op);
         if self.ops[&id].state == State::Ready {
             self.ready.push_back(id);
         }

@@ -213,6 +213,20 @@ fn a_restarted_write_never_asks_for_room() {
     assert_eq!((bench.under_way(1), bench.under_way(3)), (vec!["write"], vec!["write"]));
 }
 
+/// Found by the simulator: the process before had sent the write; ENOSPC to its successor would make reads flip.
+#[test]
+fn a_write_given_back_to_a_successor_never_asks_for_room() {
+    let mut bench = Bench::new(Start::Resume);
+    bench.credit = 0;
+    bench.write(1, 0, 4096);
+    bench.input(Input::Replayed);
+    bench.write(2, PAGE, 4096);
+    bench.input(Input::Map(pair(1)));
+    bench.connect_all();
+    bench.open_all();
+    assert_eq!(bench.under_way(1), ["write", "reserve"]);
+}
+
 #[test]
 fn a_discard_is_one_frame_per_page_and_member_and_frees_its_credit() {
     let mut bench = Bench::serving(map(1, &[&[(1, Active)], &[(2, Active)]]));
