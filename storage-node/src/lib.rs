@@ -1,1 +1,3 @@
-//! placeholder
+//! The storage server: pages on disk, comparator, sync bits, fills from peers.
+
+pub mod store;

@@ -1,0 +1,243 @@
+//! Commits: records that carry no data, all or none, in one transaction.
+//!
+//! Invariant: a commit is applied whole in one go, so that it lies in one transaction; whatever it must wait for (cells,
+//! transfers under way, checksums of a suspect page) is waited for before its first record is applied.
+
+use super::{Busy, Core};
+use crate::store::record::CatalogChange;
+use crate::store::table::{ALL_STALE, Entry, PENDING, UNSYNCED, runs_of};
+use lamina_protocol::layer::{BlockState, BlockStates, PageKey};
+use lamina_protocol::storage_server::medium::{CopyRecord, MediumAnswer, MediumOp, OpId, Record};
+
+/// What a record takes in a transaction at most, its blob apart.
+const RECORD_BYTES: usize = 80;
+
+fn record_bytes(record: &Record) -> usize {
+    RECORD_BYTES
+        + match record {
+            Record::PutVolume { blob, .. } => blob.len(),
+            Record::PutCopy(copy) => copy.layers.len() * 28,
+            Record::Stale { blocks, .. } => blocks.len() * 16,
+            _ => 0,
+        }
+}
+
+impl Core {
+    pub(super) fn commit(&mut self, op: OpId, records: Vec<Record>) -> Option<MediumOp> {
+        let bytes: usize = records.iter().map(record_bytes).sum();
+        assert!(bytes <= self.bounds.commit, "a commit of {bytes} bytes, at most {}", self.bounds.commit);
+        let ready = records.iter().fold(true, |ready, record| self.is_ready(record) && ready);
+        if !ready {
+            return Some(MediumOp::Commit(records));
+        }
+        if !self.has_room_for(&records) {
+            self.answer(op, MediumAnswer::NoSpace);
+            return None;
+        }
+        records.into_iter().for_each(|record| self.apply(record));
+        self.gathering.commits.push(op);
+        None
+    }
+
+    /// Headers and catalog have room for what the records may add.
+    fn has_room_for(&self, records: &[Record]) -> bool {
+        let adds = |record: &&Record| {
+            let adds_bytes = matches!(record, Record::PutVolume { .. } | Record::PutCopy(_));
+            let adds_header = matches!(
+                record,
+                Record::Pending { set: true, .. }
+                    | Record::Missed { .. }
+                    | Record::MarkUnsynced(_)
+                    | Record::Stale { .. }
+            );
+            (adds_bytes, adds_header)
+        };
+        let bytes: usize = records.iter().filter(|r| adds(r).0).map(record_bytes).sum();
+        let headers = records.iter().filter(|r| adds(r).1).count();
+        let catalog_fits = bytes == 0 || (self.catalog.encoded_len() + bytes) as u64 <= self.geo.catalog_bytes;
+        let headers_fit = self.table.used() as usize + headers <= self.geo.entries() as usize;
+        catalog_fits && headers_fit
+    }
+
+    /// Whether a record can be applied now; starts what it waits for.
+    fn is_ready(&mut self, record: &Record) -> bool {
+        let idle = |core: &Self, page: &PageKey| core.find(*page).is_none_or(|n| core.busy_on(n) == Busy::default());
+        match record {
+            Record::MarkUnsynced(page) | Record::DropPage(page) => idle(self, page),
+            Record::Stale { page, .. } => {
+                let slot = self.find(*page).and_then(|n| Some((self.table.at(n).home()?, self.page_blocks(n))));
+                idle(self, page) && slot.is_none_or(|(home, blocks)| self.hold_cells(home, blocks))
+            }
+            Record::Pending { page, set: false } => {
+                self.find(*page).is_none_or(|number| self.is_whole_page_verified(number))
+            }
+            Record::MarkLayerUnsynced { .. } | Record::PutCopy(_) | Record::DropCopy(_) => self.busy.is_empty(),
+            _ => true,
+        }
+    }
+
+    fn apply(&mut self, record: Record) {
+        match record {
+            Record::Pending { page, set } => self.set_pending(page, set),
+            Record::Missed { page, mask } => self.change_header(page, mask != 0, |entry| entry.missed = mask),
+            Record::MarkUnsynced(page) => self.mark_unsynced(page),
+            Record::ClearUnsynced(page) => self.change_header(page, false, |entry| entry.set(UNSYNCED, false)),
+            Record::MarkLayerUnsynced { copy, layer } => {
+                let stack = self.catalog.stack_of(copy, layer).expect("a listed layer");
+                self.mark_layer_unsynced(stack);
+            }
+            Record::Cursor { copy, layer, cursor } => {
+                let stack = self.catalog.stack_of(copy, layer).expect("a listed layer");
+                self.change_catalog(CatalogChange::Cursor { stack, cursor });
+            }
+            Record::Stale { page, blocks } => self.make_blocks_stale(page, &blocks),
+            Record::DropPage(page) => self.drop_page(page),
+            Record::PutCopy(copy) => self.put_copy(copy),
+            Record::DropCopy(copy) => {
+                let leaving = self.catalog.stacks_of(copy);
+                self.let_pages_go(&leaving);
+                self.change_catalog(CatalogChange::DropCopy(copy));
+            }
+            Record::PutVolume { volume, blob } => {
+                self.change_catalog(CatalogChange::PutVolume(volume, blob));
+            }
+            Record::DropVolume(volume) => {
+                self.change_catalog(CatalogChange::DropVolume(volume));
+            }
+            Record::LeaseNumber(number) => {
+                self.change_catalog(CatalogChange::Lease(number));
+            }
+        }
+    }
+
+    /// Changes the page's header, made if need be and `make` says so; unchanged headers are not logged again.
+    fn change_header(&mut self, page: PageKey, make: bool, change: impl FnOnce(&mut Entry)) {
+        let stack = self.stack_of(page);
+        let found = self.table.find(stack, page.page);
+        if found.is_none() && !make {
+            return;
+        }
+        let mark = self.catalog.stack(stack).expect("listed").mark;
+        let before = found.map_or(Entry::new(stack, page.page, mark), |number| *self.table.at(number));
+        let mut entry = before;
+        change(&mut entry);
+        if found.is_some() && entry == before {
+            return;
+        }
+        let number = found.or_else(|| self.table.free_number(self.geo.entries())).expect("room was looked for");
+        let runs = if found.is_some() { self.table.runs(number).to_vec() } else { Vec::new() };
+        self.put_or_drop(number, entry, &runs);
+    }
+
+    fn set_pending(&mut self, page: PageKey, set: bool) {
+        if !set && let Some(number) = self.find(page) {
+            self.suspect.remove(&number);
+        }
+        self.change_header(page, set, |entry| entry.set(PENDING, set));
+    }
+
+    fn mark_unsynced(&mut self, page: PageKey) {
+        if let Some(number) = self.find(page) {
+            self.spoil_unlogged(number);
+        }
+        let slotless = self.find(page).is_some_and(|number| self.table.at(number).slot().is_none());
+        self.change_header(page, true, |entry| {
+            entry.set(UNSYNCED, true);
+            entry.set(ALL_STALE, entry.slot().is_some() || slotless);
+        });
+        if slotless && let Some(number) = self.find(page) {
+            self.materialise(number);
+        }
+    }
+
+    fn mark_layer_unsynced(&mut self, stack: u32) {
+        let mut numbers: Vec<u32> = self.unlogged.values().chain(self.logging.values()).map(|u| u.number).collect();
+        numbers.sort_unstable();
+        numbers.dedup();
+        for number in numbers {
+            if self.table.at(number).stack == stack {
+                self.spoil_unlogged(number);
+            }
+        }
+        let mark = self.catalog.stack(stack).expect("listed").mark + 1;
+        self.change_catalog(CatalogChange::Mark { stack, mark });
+    }
+
+    /// Blocks that were written and not yet logged become stale like all others.
+    fn spoil_unlogged(&mut self, number: u32) {
+        let Some(page_home) = self.table.at(number).home() else { return };
+        let range = page_home..page_home + u64::from(self.page_blocks(number));
+        let blocks = self.unlogged.range(range.clone()).chain(self.logging.range(range.clone()));
+        let blocks: Vec<u32> = blocks.map(|(home, _)| (home - page_home) as u32).collect();
+        for block in blocks {
+            self.set_states(page_home, block..block + 1, BlockState::Stale);
+        }
+        self.forget_unlogged(range);
+    }
+
+    fn make_blocks_stale(&mut self, page: PageKey, blocks: &[u32]) {
+        if let Some(number) = self.find(page)
+            && let Some(home) = self.table.at(number).home()
+        {
+            self.materialise(number);
+            for block in blocks {
+                let at = home + u64::from(*block);
+                self.forget_unlogged(at..at + 1);
+                self.set_states(home, *block..block + 1, BlockState::Stale);
+            }
+            return;
+        }
+        let stack = self.stack_of(page);
+        let found = self.table.find(stack, page.page);
+        let kept = self.catalog.stack(stack).expect("listed");
+        let (mark, count) = (kept.mark, kept.blocks());
+        let mut states = found.map_or(BlockStates::absent(count), |number| self.view(number));
+        blocks.iter().for_each(|block| states.set(*block, BlockState::Stale));
+        // Without a slot there is no content to keep; where the runs do not fit, all that is not absent is stale.
+        let runs = runs_of(&states).unwrap_or_else(|| vec![BlockState::Stale as u16]);
+        let mut entry = found.map_or(Entry::new(stack, page.page, mark), |number| *self.table.at(number));
+        (entry.seen, entry.flags) = (mark, entry.flags & !ALL_STALE);
+        let number = found.or_else(|| self.table.free_number(self.geo.entries())).expect("room was looked for");
+        self.put_or_drop(number, entry, &runs);
+    }
+
+    fn drop_page(&mut self, page: PageKey) {
+        if let Some(slot) = self.reserved.remove(&page) {
+            let page_bytes = self.page_bytes(self.stack_of(page));
+            self.space.release(slot, crate::store::space::SizeClass::of(page_bytes));
+        }
+        if let Some(number) = self.find(page) {
+            self.free_slot(number);
+            self.suspect.remove(&number);
+            self.put_header(number, Entry::FREE, &[]);
+        }
+    }
+
+    fn put_copy(&mut self, record: CopyRecord) {
+        let leaving = self.catalog.leaving(&record);
+        self.let_pages_go(&leaving);
+        self.change_catalog(CatalogChange::PutCopy(record));
+    }
+
+    /// All pages of these stacks go. Their headers are not logged one by one: the catalog's record says it.
+    fn let_pages_go(&mut self, stacks: &[u32]) {
+        let lsn = self.lsn();
+        for stack in stacks {
+            let numbers: Vec<u32> = self.table.pages(*stack).map(|(_, number)| number).collect();
+            for number in numbers {
+                self.free_slot(number);
+                self.suspect.remove(&number);
+                self.table.put(number, Entry::FREE, &[], lsn);
+            }
+            self.table.forget_stack(*stack);
+            let kept = self.catalog.stack(*stack).expect("listed");
+            let (copy, layer, page_bytes) = (kept.copy, kept.layer, kept.page_bytes);
+            let gone = |page: &&PageKey| (page.copy, page.layer) == (copy, layer);
+            let reserved: Vec<PageKey> = self.reserved.keys().filter(gone).copied().collect();
+            for page in reserved {
+                let slot = self.reserved.remove(&page).expect("listed a moment ago");
+                self.space.release(slot, crate::store::space::SizeClass::of(page_bytes));
+            }
+        }
+    }
+}
