@@ -1,0 +1,145 @@
+//! The leader of the operator: where it is, and what drivers tell it.
+//!
+//! A report is a hint that the driver repeats as long as it is true, so one that does not get through is dropped and
+//! nothing queues. Steady I/O makes no reports and so sends nothing.
+
+use k8s_openapi::api::coordination::v1::Lease;
+use kube::{Api, Client, ResourceExt};
+use lamina_control_api::leader::{LeaderClient, LeaderError};
+use lamina_protocol::control::DriverReport;
+use lamina_protocol::ids::VolumeId;
+use lamina_protocol::map::VolumeMap;
+use std::time::Duration;
+use tokio::sync::{mpsc, watch};
+
+/// The operator's Lease.
+const LEASE: &str = "lamina-operator";
+/// Its annotation with the leader's `host:port`.
+const ADDRESS: &str = "lamina.dev/leader-address";
+/// Between two attempts where no event tells that another one is worth it.
+const AGAIN: Duration = Duration::from_secs(1);
+/// Reports that may wait for the leader.
+pub const MAX_REPORTS: usize = 64;
+
+/// Where the leader is found.
+pub enum Whereabouts {
+    /// As the Lease of this namespace says.
+    Lease(Api<Lease>),
+    /// There.
+    Fixed(String),
+}
+
+impl Whereabouts {
+    /// By the Lease in this namespace.
+    pub fn lease(client: Client, namespace: &str) -> Self {
+        Self::Lease(Api::namespaced(client, namespace))
+    }
+
+    async fn address(&self) -> Option<String> {
+        match self {
+            Self::Fixed(address) => Some(address.clone()),
+            Self::Lease(leases) => match leases.get_opt(LEASE).await {
+                Ok(lease) => lease?.annotations().get(ADDRESS).cloned(),
+                Err(error) => {
+                    tracing::warn!(%error, "the Lease of the operator cannot be read");
+                    None
+                }
+            },
+        }
+    }
+}
+
+/// A connection to the leader, made when there is something to say.
+struct Leader {
+    whereabouts: Whereabouts,
+    client: Option<LeaderClient>,
+    /// Where another replica said that it is.
+    hint: Option<String>,
+}
+
+impl Leader {
+    async fn client(&mut self) -> Result<LeaderClient, Option<LeaderError>> {
+        if self.client.is_none() {
+            let address = match self.hint.take() {
+                Some(hint) => hint,
+                None => self.whereabouts.address().await.ok_or(None)?,
+            };
+            self.client = Some(LeaderClient::connect(&address).await?);
+        }
+        Ok(self.client.clone().expect("just made"))
+    }
+
+    /// It did not do what was asked: look for it anew next time.
+    fn lost(&mut self, error: &LeaderError) {
+        self.client = None;
+        self.hint = error.leader().map(str::to_owned);
+    }
+}
+
+/// Tell the leader what drivers report, until they are all gone.
+pub async fn report(whereabouts: Whereabouts, mut reports: mpsc::Receiver<DriverReport>) {
+    let mut leader = Leader { whereabouts, client: None, hint: None };
+    while let Some(report) = reports.recv().await {
+        if let Err(error) = tell(&mut leader, &report).await {
+            let error = error.map(|error| error.to_string()).unwrap_or_else(|| "nobody leads".to_owned());
+            tracing::warn!(volume = %report.volume, server = %report.server, trouble = ?report.trouble, error,
+                "the leader was not told that a member is in trouble");
+        }
+    }
+}
+
+async fn tell(leader: &mut Leader, report: &DriverReport) -> Result<(), Option<LeaderError>> {
+    // Once more, where the first answer says that the leader is.
+    for last in [false, true] {
+        let mut client = leader.client().await?;
+        match client.report(report).await {
+            Ok(()) => return Ok(()),
+            Err(error) => {
+                leader.lost(&error);
+                if last || leader.hint.is_none() {
+                    return Err(Some(error));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Follow the committed maps of a volume by asking the leader, without Kubernetes. Ends when nobody listens.
+pub async fn follow(whereabouts: Whereabouts, volume: VolumeId, newest: watch::Sender<Option<VolumeMap>>) {
+    let mut leader = Leader { whereabouts, client: None, hint: None };
+    while !newest.is_closed() {
+        if let Err(Some(error)) = follow_once(&mut leader, volume, &newest).await {
+            tracing::warn!(%volume, %error, "maps cannot be followed");
+            leader.lost(&error);
+        }
+        if leader.hint.is_none() {
+            tokio::time::sleep(AGAIN).await;
+        }
+    }
+}
+
+async fn follow_once(
+    leader: &mut Leader,
+    volume: VolumeId,
+    newest: &watch::Sender<Option<VolumeMap>>,
+) -> Result<(), Option<LeaderError>> {
+    let mut maps = leader.client().await?.watch(volume).await?;
+    loop {
+        let next = tokio::select! {
+            next = maps.next() => next,
+            () = newest.closed() => return Ok(()),
+        };
+        let Some(map) = next.transpose()? else {
+            leader.client = None;
+            return Ok(());
+        };
+        newest.send_if_modified(|known| {
+            let newer = known.as_ref().is_none_or(|known| map.generation > known.generation);
+            if newer {
+                *known = Some(map);
+            }
+            newer
+        });
+    }
+}

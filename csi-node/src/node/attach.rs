@@ -1,0 +1,180 @@
+//! From a session to a block device, and back.
+//!
+//! A session is opened `Fresh` once. After that it is resumed: with a device that the holder kept, or, where the record
+//! proves that no request of the kernel is unanswered, with nothing to give back. Where neither is so, writes that the
+//! kernel was never answered may lie on some copies only: the session cannot be used again (PROTOCOL.md R10).
+
+use super::{Entry, Node, NodeError, Open, blocking};
+use crate::device::{Device, DeviceSpec};
+use crate::objects::Followed;
+use crate::opener::{OpenVolume, Wish, flush};
+use crate::record::{Kind, Record, Standing};
+use lamina_client::block::BlockTarget;
+use lamina_client::runtime::Status;
+use lamina_csi_api::name::VolumeHandle;
+use lamina_protocol::ids::{SessionId, VolumeId};
+use lamina_protocol::map::VolumeMap;
+use lamina_protocol::wire::Start;
+use std::sync::Arc;
+use tokio::sync::watch;
+
+impl Node {
+    /// Serve the volume under this session as a device; the entry that stands then.
+    pub(super) async fn attach(
+        self: &Arc<Self>,
+        volume: VolumeHandle,
+        session: u128,
+        generation: u64,
+        kind: Kind,
+    ) -> Result<Entry, NodeError> {
+        if self.parts.objects.find(volume).await?.is_none() {
+            return Err(NodeError::NoVolume);
+        }
+        let followed = self.parts.objects.follow(volume);
+        let map = self.admitted(&followed, session, generation).await?;
+        let start = self.start(volume, session, &map)?;
+        self.clear(volume).await?;
+        let mut entry = Entry { record: Record::opening(session, kind), open: None };
+        self.keep(volume, entry.clone()).await?;
+        let driver = self.open_driver(volume, session, start, &followed).await?;
+        if start == Start::Resume {
+            // Nothing is unanswered: nothing comes again.
+            driver.replayed();
+        }
+        entry.record.standing = Standing::Attached;
+        self.keep(volume, entry.clone()).await?;
+        let spec = self.spec(volume, driver.clone());
+        let host = self.host();
+        match blocking(move || host.attach(spec)).await {
+            Ok(device) => {
+                let device: Arc<dyn Device> = device.into();
+                self.cut_off_when_ended(volume, driver.status(), &device);
+                let open = Open { driver, device: Some(device), _followed: Arc::new(followed) };
+                entry.open = Some(open);
+                self.lock().insert(volume, entry.clone());
+                Ok(entry)
+            }
+            Err(error) => {
+                // Everything was undone: what the kernel asked meanwhile was answered.
+                if settled(&*driver).await.is_ok() {
+                    entry.record.standing = Standing::Closed;
+                    self.keep(volume, entry).await?;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Fresh for a session of which nothing was opened here, Resume where nothing of it is unanswered.
+    fn start(&self, volume: VolumeHandle, session: u128, map: &VolumeMap) -> Result<Start, NodeError> {
+        let record = self.entry(volume).map(|entry| entry.record).filter(|record| record.session() == session);
+        match record.map(|record| record.standing) {
+            Some(Standing::Opening | Standing::Closed) => Ok(Start::Resume),
+            Some(Standing::Attached) => Err(NodeError::SessionUsed),
+            None => {
+                let known = map.sessions.iter().find(|listed| listed.id.0 == session);
+                let used = known.is_some_and(|known| known.incarnation.0 > 0);
+                if used { Err(NodeError::SessionUsed) } else { Ok(Start::Fresh) }
+            }
+        }
+    }
+
+    /// The map that admits the session.
+    async fn admitted(&self, followed: &Followed, session: u128, generation: u64) -> Result<VolumeMap, NodeError> {
+        let mut maps = followed.maps.clone();
+        let reached = |map: &Option<VolumeMap>| map.as_ref().is_some_and(|map| map.generation.0 >= generation);
+        let waited = tokio::time::timeout(self.parts.patience.map, maps.wait_for(reached)).await;
+        let map = match waited {
+            Ok(Ok(map)) => map.clone(),
+            _ => None,
+        };
+        let map = map.ok_or(NodeError::NotAdmitted)?;
+        if map.sessions.iter().any(|listed| listed.id.0 == session) { Ok(map) } else { Err(NodeError::Ended) }
+    }
+
+    /// A driver that serves.
+    pub(super) async fn open_driver(
+        &self,
+        volume: VolumeHandle,
+        session: u128,
+        start: Start,
+        followed: &Followed,
+    ) -> Result<Arc<dyn OpenVolume>, NodeError> {
+        let wish = Wish {
+            volume: VolumeId(volume.id()),
+            session: SessionId(session),
+            start,
+            maps: followed.maps.clone(),
+            on_superseded: self.parts.exit.clone(),
+        };
+        let driver = self.parts.opener.open(wish)?;
+        let mut status = driver.status();
+        let settled = status.wait_for(|status| status.serving || status.ended);
+        match tokio::time::timeout(self.parts.patience.serving, settled).await {
+            Ok(Ok(status)) if status.ended => Err(NodeError::Ended),
+            Ok(Ok(_)) => Ok(driver.clone()),
+            _ => Err(NodeError::NotServing),
+        }
+    }
+
+    pub(super) fn spec(&self, volume: VolumeHandle, driver: Arc<dyn OpenVolume>) -> DeviceSpec {
+        let target: Arc<dyn BlockTarget> = driver;
+        DeviceSpec {
+            volume: volume.to_string(),
+            directory: self.parts.records.device_directory(volume),
+            target,
+            on_superseded: self.parts.exit.clone(),
+        }
+    }
+
+    /// Remove what is left of a device that nobody serves any more.
+    pub(super) async fn clear(&self, volume: VolumeHandle) -> Result<(), NodeError> {
+        let (host, directory) = (self.host(), self.parts.records.device_directory(volume));
+        blocking(move || host.clear(&volume.to_string(), &directory)).await
+    }
+
+    /// When the session ends for good, users that hang are freed with I/O errors.
+    pub(super) fn cut_off_when_ended(
+        &self,
+        volume: VolumeHandle,
+        mut status: watch::Receiver<Status>,
+        device: &Arc<dyn Device>,
+    ) {
+        let device = Arc::downgrade(device);
+        tokio::spawn(async move {
+            // The driver is gone: so is the device.
+            let Ok(_) = status.wait_for(|status| status.ended).await else { return };
+            let Some(device) = device.upgrade() else { return };
+            tracing::error!(%volume, "the session has ended: its users get I/O errors");
+            let cut = tokio::task::spawn_blocking(move || device.force_detach()).await;
+            if let Ok(Err(error)) = cut {
+                tracing::error!(%volume, %error, "the device could not be cut off");
+            }
+        });
+    }
+
+    /// Take the device away, with everything that it was asked answered and durable.
+    pub(super) async fn detach(&self, volume: VolumeHandle, mut entry: Entry) -> Result<(), NodeError> {
+        let Some(open) = entry.open.clone() else {
+            self.clear(volume).await?;
+            return Ok(());
+        };
+        let ended = open.driver.status().borrow().ended;
+        if let Some(device) = open.device.clone() {
+            blocking(move || if ended { device.force_detach() } else { device.detach() }).await?;
+        }
+        if !ended {
+            settled(&*open.driver).await?;
+        }
+        entry.record.standing = Standing::Closed;
+        entry.open = None;
+        self.keep(volume, entry).await
+    }
+}
+
+/// Flushes twice: the second one tells the servers that the first covered everything (`confirmed`), so that the end of
+/// the session finds nothing to settle.
+async fn settled(driver: &dyn OpenVolume) -> Result<(), NodeError> {
+    flush(driver).await?;
+    Ok(flush(driver).await?)
+}

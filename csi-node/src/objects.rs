@@ -1,0 +1,73 @@
+//! What the node service needs of `Volume` objects: maps as they are committed, and the note of the filesystem.
+//!
+//! The node writes `status.filesystem` and nothing else, under its own field manager and only over what it has read
+//! (PROTOCOL.md §2.4: all else of `status` is the leader's).
+
+use lamina_crds::volume::Filesystem;
+use lamina_csi_api::name::VolumeHandle;
+use lamina_protocol::ids::SessionId;
+use lamina_protocol::map::VolumeMap;
+use tokio::sync::watch;
+use tokio::task::AbortHandle;
+
+pub mod kubernetes;
+
+/// Why an object could not be read or changed. The caller reports it and is asked again.
+#[derive(Debug, thiserror::Error)]
+pub enum ObjectError {
+    /// The API server refused, or cannot be reached.
+    #[error("the API server did not answer: {0}")]
+    Kube(#[from] Box<kube::Error>),
+    /// There is no such volume (any more).
+    #[error("there is no volume {0}")]
+    Gone(VolumeHandle),
+    /// Another node has noted something else meanwhile.
+    #[error("status.filesystem is not what it was: somebody else changed it")]
+    Changed,
+    /// Others write the object all the time.
+    #[error("the object is being changed by others all the time")]
+    Contended,
+}
+
+/// A volume as its object shows it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Seen {
+    /// The committed map, if there is one that can be believed.
+    pub map: Option<VolumeMap>,
+    /// The filesystem that was noted.
+    pub filesystem: Option<Filesystem>,
+    /// Sessions that were ended although wished for.
+    pub ended: Vec<SessionId>,
+}
+
+/// The committed maps of a volume, followed until this is dropped.
+pub struct Followed {
+    /// The newest; `None` = none known yet.
+    pub maps: watch::Receiver<Option<VolumeMap>>,
+    /// What follows it.
+    pub task: Option<AbortHandle>,
+}
+
+impl Drop for Followed {
+    fn drop(&mut self) {
+        if let Some(task) = &self.task {
+            task.abort();
+        }
+    }
+}
+
+/// The `Volume` objects.
+#[tonic::async_trait]
+pub trait VolumeObjects: Send + Sync {
+    /// The volume now; `None` = there is no such.
+    async fn find(&self, volume: VolumeHandle) -> Result<Option<Seen>, ObjectError>;
+    /// Its maps from now on.
+    fn follow(&self, volume: VolumeHandle) -> Followed;
+    /// Note a filesystem in place of what was noted, exactly.
+    async fn note_filesystem(
+        &self,
+        volume: VolumeHandle,
+        was: Option<&Filesystem>,
+        now: Option<&Filesystem>,
+    ) -> Result<(), ObjectError>;
+}
