@@ -372,12 +372,8 @@ impl Core {
 
 #[cfg(test)]
 impl Core {
-    /// (home block → header) of every slot in use, and bytes of slabs that are free: for the tests' oracle.
+    /// Every slot in use with the number of its header.
     pub(crate) fn owned_slots(&self) -> Vec<(u32, u32)> {
         self.table.entries().filter_map(|(number, e)| e.slot().map(|slot| (slot, number))).collect()
-    }
-
-    pub(crate) fn is_idle(&self) -> bool {
-        self.purposes.is_empty() && self.fifo.is_empty()
     }
 }

@@ -1,6 +1,9 @@
 //! Tests of the store as a whole: real devices in files (`device.rs`), and power cuts over a recorded disk
-//! (`power_cut.rs`).
+//! (`power_cut.rs` with its disk and its oracle).
 
 #![allow(clippy::unwrap_used)]
 
+mod cut_disk;
 mod device;
+mod oracle;
+mod power_cut;

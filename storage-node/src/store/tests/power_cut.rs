@@ -1,0 +1,606 @@
+//! The power-cut test: a mixed trace over a recorded disk, cut at every sampled point, recovered, compared with the
+//! oracle; and cut again during the recovery.
+//!
+//! `LAMINA_POWER_CUTS=all` cuts at every step of the trace; the default samples so that a debug build takes under a
+//! minute.
+
+use super::cut_disk::{CutDisk, Dice, FATES, Fate, Image, Step, cut};
+use super::oracle::{Effect, PageOracle, Value};
+use crate::store::aligned::AlignedBuf;
+use crate::store::core::{Core, Io, IoKind};
+use crate::store::device::Identity;
+use crate::store::format::{FormatOptions, format_disk};
+use crate::store::geometry::{MIN_DEVICE_BYTES, SLAB_BYTES, UNITS_PER_SLAB};
+use crate::store::recovery::{load, make_current};
+use bytes::Bytes;
+use lamina_protocol::ids::*;
+use lamina_protocol::layer::{BlockState, PageKey};
+use lamina_protocol::storage_server::medium::*;
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
+
+const DEVICE_BYTES: u64 = MIN_DEVICE_BYTES;
+/// Small, so that the trace wraps it many times.
+const JOURNAL_BYTES: u64 = 1 << 20;
+const MAIN: CopyId = CopyId(1);
+const OTHER: CopyId = CopyId(2);
+const MARKED: LayerId = LayerId(1);
+const PLAIN: LayerId = LayerId(2);
+
+/// (copy, layer, page, blocks of a page)
+fn pages() -> Vec<(PageKey, u32)> {
+    let of = |copy, layer, count: u64, blocks: u32| {
+        (0..count).map(move |page| (PageKey { copy, layer, page: page * 3 }, blocks))
+    };
+    of(MAIN, MARKED, 20, 16).chain(of(MAIN, PLAIN, 6, 64)).chain(of(OTHER, PLAIN, 4, 16)).collect()
+}
+
+fn copy_record(copy: CopyId) -> Record {
+    let layer = |layer, page_bytes| LayerRecord { layer, page_bytes, cursor: u64::MAX };
+    let layers = match copy {
+        MAIN => vec![layer(MARKED, 64 << 10), layer(PLAIN, 256 << 10)],
+        _ => vec![layer(PLAIN, 64 << 10)],
+    };
+    Record::PutCopy(CopyRecord { copy, volume: VolumeId(7), placement: 0, group: 0, layers })
+}
+
+/// What was asked of the store.
+#[derive(Clone, Debug)]
+enum Asked {
+    Pages(Vec<(usize, Effect)>),
+    Flush,
+    /// Volume blob and lease number get this number in one commit.
+    Number(u64),
+    Read {
+        page: usize,
+        first: u32,
+        expected: Vec<u64>,
+    },
+}
+
+/// What happened, in order.
+enum Event {
+    HandedIn(u64),
+    Answered(u64),
+    WriteBegun(usize),
+    WriteDone(usize),
+    SyncBegun(u64),
+    SyncDone(u64),
+}
+
+struct Trace {
+    start: Image,
+    asked: BTreeMap<u64, Asked>,
+    writes: Vec<(u64, Rc<Vec<u8>>)>,
+    events: Vec<Event>,
+    data_writes: u64,
+    checkpoints: u64,
+    journal_bytes: u64,
+}
+
+struct Rig {
+    core: Core,
+    live: Image,
+    under_way: Vec<(Io, Option<usize>)>,
+    trace: Trace,
+    dice: Dice,
+    pages: Vec<(PageKey, u32)>,
+    now: Vec<Vec<Value>>,
+    pending: Vec<bool>,
+    busy: BTreeSet<usize>,
+    outstanding: BTreeSet<u64>,
+    next_op: u64,
+    version: u64,
+}
+
+fn content(version: u64) -> Vec<u8> {
+    version.to_le_bytes().repeat(512)
+}
+
+fn recovered(image: Image, boot: u128, in_place: bool) -> (CutDisk, Core, Opened) {
+    let disk = CutDisk::new(image, DEVICE_BYTES);
+    let mut loaded = load(&disk, true).unwrap_or_else(|e| panic!("a cut leaves a device that opens: {e}"));
+    make_current(&disk, &mut loaded, BootId(boot), in_place).unwrap();
+    let (core, opened) = Core::new(loaded, in_place, 64);
+    (disk, core, opened)
+}
+
+fn formatted() -> Image {
+    let disk = CutDisk::new(Image::default(), DEVICE_BYTES);
+    let options = FormatOptions {
+        identity: Identity { cluster: ClusterId(1), server: ServerId(1) },
+        device: DeviceId(1),
+        overwrite: false,
+        create_bytes: None,
+        journal_bytes: Some(JOURNAL_BYTES),
+    };
+    format_disk(&disk, &options).unwrap();
+    disk.image.into_inner()
+}
+
+impl Rig {
+    fn new(in_place: bool, seed: u64) -> Self {
+        let (disk, mut core, _) = recovered(formatted(), 1, in_place);
+        let first = MediumOp::Commit(vec![copy_record(MAIN), copy_record(OTHER)]);
+        assert_eq!(ask(&mut core, &mut disk.image.borrow_mut(), first), MediumAnswer::Done);
+        let start = disk.image.into_inner();
+        let pages = pages();
+        let trace = Trace {
+            start: start.clone(),
+            asked: BTreeMap::new(),
+            writes: Vec::new(),
+            events: Vec::new(),
+            data_writes: 0,
+            checkpoints: 0,
+            journal_bytes: 0,
+        };
+        Self {
+            core,
+            live: start,
+            under_way: Vec::new(),
+            trace,
+            dice: Dice(seed),
+            now: pages.iter().map(|(_, blocks)| vec![Value::Absent; *blocks as usize]).collect(),
+            pending: vec![false; pages.len()],
+            pages,
+            busy: BTreeSet::new(),
+            outstanding: BTreeSet::new(),
+            next_op: 100,
+            version: 0,
+        }
+    }
+
+    fn hand_in(&mut self, asked: Asked, what: MediumOp) {
+        self.next_op += 1;
+        if let Asked::Pages(effects) = &asked {
+            self.busy.extend(effects.iter().map(|(page, _)| *page));
+        }
+        if let Asked::Read { page, .. } = &asked {
+            self.busy.insert(*page);
+        }
+        self.trace.asked.insert(self.next_op, asked);
+        self.trace.events.push(Event::HandedIn(self.next_op));
+        self.outstanding.insert(self.next_op);
+        self.core.push(self.next_op, what);
+        self.settle();
+    }
+
+    /// Lets the core run and notes what it begins and answers.
+    fn settle(&mut self) {
+        self.core.run();
+        for event in self.core.take_events() {
+            let MediumEvent::Answered { op, answer, .. } = event else { panic!("the disk never fails here") };
+            self.answered(op, &answer);
+        }
+        for io in self.core.take_ios() {
+            let write = match &io.kind {
+                IoKind::Write { at, data } => {
+                    let range = *at..*at + data.bytes().len() as u64;
+                    self.refuse_overlap(&range);
+                    self.trace.writes.push((*at, Rc::new(data.bytes().to_vec())));
+                    self.trace.events.push(Event::WriteBegun(self.trace.writes.len() - 1));
+                    Some(self.trace.writes.len() - 1)
+                }
+                IoKind::Sync => {
+                    self.trace.events.push(Event::SyncBegun(io.id));
+                    None
+                }
+                IoKind::Read { .. } => None,
+            };
+            self.under_way.push((io, write));
+        }
+    }
+
+    fn refuse_overlap(&self, range: &std::ops::Range<u64>) {
+        for (io, _) in &self.under_way {
+            if let IoKind::Write { at, data } = &io.kind {
+                let end = at + data.bytes().len() as u64;
+                assert!(end <= range.start || *at >= range.end, "two writes of one place are never under way at once");
+            }
+        }
+    }
+
+    fn answered(&mut self, op: u64, answer: &MediumAnswer) {
+        assert!(self.outstanding.remove(&op), "answered once");
+        match &self.trace.asked[&op] {
+            Asked::Pages(effects) => {
+                assert_eq!(*answer, MediumAnswer::Done);
+                for (page, effect) in effects {
+                    self.busy.remove(page);
+                    apply(&mut self.now[*page], effect);
+                    if let Effect::Pending(set) = effect {
+                        self.pending[*page] = *set;
+                    }
+                    if matches!(effect, Effect::Drop) {
+                        self.pending[*page] = false;
+                    }
+                }
+            }
+            Asked::Flush | Asked::Number(_) => assert_eq!(*answer, MediumAnswer::Done),
+            Asked::Read { page, first, expected } => {
+                self.busy.remove(page);
+                let MediumAnswer::Data { data, bad } = answer else { panic!("{answer:?}") };
+                assert!(bad.is_empty(), "op {op}: page {page} blocks from {first}: bad {bad:?}");
+                let want: Vec<u8> = expected.iter().flat_map(|version| content(*version)).collect();
+                assert!(*data == want, "what was answered reads back at once");
+            }
+        }
+        self.trace.events.push(Event::Answered(op));
+    }
+
+    fn finish_one(&mut self) {
+        let nth = self.dice.roll(self.under_way.len() as u64) as usize;
+        let (io, write) = self.under_way.swap_remove(nth);
+        let result = match io.kind {
+            IoKind::Read { at, len } => {
+                let mut buf = AlignedBuf::zeroed(len);
+                self.live.read(at, &mut buf);
+                Some(buf)
+            }
+            IoKind::Write { at, data } => {
+                self.live.write(at, data.bytes());
+                self.trace.events.push(Event::WriteDone(write.unwrap()));
+                None
+            }
+            IoKind::Sync => {
+                self.trace.events.push(Event::SyncDone(io.id));
+                None
+            }
+        };
+        self.core.done(io.id, Ok(result));
+        self.settle();
+    }
+
+    fn drain(&mut self) {
+        while !self.outstanding.is_empty() {
+            self.finish_one();
+        }
+    }
+
+    fn run(mut self, data_writes: u64) -> Trace {
+        while self.trace.data_writes < data_writes {
+            if self.outstanding.len() < 8 && self.dice.roll(3) > 0 {
+                self.ask_something();
+            } else if !self.under_way.is_empty() {
+                self.finish_one();
+            }
+        }
+        self.drain();
+        let (counts, rotten) = self.core.counts();
+        assert_eq!((counts.bad_blocks, rotten), (0, 0));
+        self.trace.checkpoints = counts.checkpoints;
+        self.trace.journal_bytes = counts.journal_bytes;
+        self.trace
+    }
+
+    fn ask_something(&mut self) {
+        match self.dice.roll(1000) {
+            0..=3 => self.confirm_all(),
+            4..=5 => self.mark_layer(),
+            6..=7 => self.replace_other_copy(),
+            8..=60 => self.hand_in(Asked::Flush, MediumOp::Flush),
+            61..=80 => self.put_number(),
+            _ => self.ask_of_a_page(),
+        }
+    }
+
+    fn put_number(&mut self) {
+        self.version += 1;
+        let number = self.version;
+        let blob = Bytes::from(content(number));
+        let records = vec![Record::PutVolume { volume: VolumeId(7), blob }, Record::LeaseNumber(number)];
+        self.hand_in(Asked::Number(number), MediumOp::Commit(records));
+    }
+
+    /// As after a flush that all members answered: pages are no longer pending.
+    fn confirm_all(&mut self) {
+        self.drain();
+        self.hand_in(Asked::Flush, MediumOp::Flush);
+        self.drain();
+        let half: Vec<usize> = (0..self.pages.len()).filter(|page| self.pending[*page] && page % 2 == 0).collect();
+        let record = |page: &usize| Record::Pending { page: self.pages[*page].0, set: false };
+        let records = half.iter().map(record).collect();
+        let effects = half.iter().map(|page| (*page, Effect::Pending(false))).collect();
+        self.hand_in(Asked::Pages(effects), MediumOp::Commit(records));
+        self.drain();
+    }
+
+    fn mark_layer(&mut self) {
+        self.drain();
+        let of_layer = |page: &usize| self.pages[*page].0.layer == MARKED;
+        let effects = (0..self.pages.len()).filter(of_layer).map(|page| (page, Effect::LayerMark)).collect();
+        let record = Record::MarkLayerUnsynced { copy: MAIN, layer: MARKED };
+        self.hand_in(Asked::Pages(effects), MediumOp::Commit(vec![record]));
+    }
+
+    fn replace_other_copy(&mut self) {
+        self.drain();
+        let of_copy = |page: &usize| self.pages[*page].0.copy == OTHER;
+        let effects = (0..self.pages.len()).filter(of_copy).map(|page| (page, Effect::Drop)).collect();
+        let records = vec![Record::DropCopy(OTHER), copy_record(OTHER)];
+        self.hand_in(Asked::Pages(effects), MediumOp::Commit(records));
+    }
+
+    fn ask_of_a_page(&mut self) {
+        let page = self.dice.roll(self.pages.len() as u64) as usize;
+        if self.busy.contains(&page) {
+            return;
+        }
+        let (key, blocks) = self.pages[page];
+        let first = self.dice.roll(u64::from(blocks)) as u32;
+        let count = 1 + self.dice.roll(u64::from(blocks - first).min(8)) as u32;
+        let one = |effect| Asked::Pages(vec![(page, effect)]);
+        match self.dice.roll(100) {
+            0..=54 if !self.pending[page] => {
+                let record = Record::Pending { page: key, set: true };
+                self.hand_in(one(Effect::Pending(true)), MediumOp::Commit(vec![record]));
+            }
+            0..=54 => self.write(page, first, count),
+            55..=66 => {
+                let value = [Value::Hole, Value::Absent, Value::Stale][self.dice.roll(3) as usize];
+                let (first, count) = if self.dice.roll(4) == 0 { (0, blocks) } else { (first, count) };
+                let changes = vec![(first..first + count, value.state())];
+                self.hand_in(one(Effect::Shape { first, count, value }), MediumOp::Shape { page: key, changes });
+            }
+            67..=69 => self.hand_in(one(Effect::Mark), MediumOp::Commit(vec![Record::MarkUnsynced(key)])),
+            70..=72 => self.hand_in(one(Effect::ClearUnsynced), MediumOp::Commit(vec![Record::ClearUnsynced(key)])),
+            73..=75 => self.hand_in(one(Effect::Drop), MediumOp::Commit(vec![Record::DropPage(key)])),
+            76..=77 => {
+                let blocks: Vec<u32> = (first..first + count).collect();
+                let record = Record::Stale { page: key, blocks: blocks.clone() };
+                self.hand_in(one(Effect::StaleBlocks(blocks)), MediumOp::Commit(vec![record]));
+            }
+            _ => self.read(page, first),
+        }
+    }
+
+    fn write(&mut self, page: usize, first: u32, count: u32) {
+        let versions: Vec<u64> = (1..=u64::from(count)).map(|nth| self.version + nth).collect();
+        self.version += u64::from(count);
+        self.trace.data_writes += 1;
+        let data = Bytes::from(versions.iter().flat_map(|version| content(*version)).collect::<Vec<u8>>());
+        let effect = Effect::Write { first, versions };
+        let what = MediumOp::Write { page: self.pages[page].0, first, data };
+        self.hand_in(Asked::Pages(vec![(page, effect)]), what);
+    }
+
+    fn read(&mut self, page: usize, first: u32) {
+        let rest = self.now[page][first as usize..].iter();
+        let data = |value: &Value| if let Value::Data(version) = value { Some(*version) } else { None };
+        let expected: Vec<u64> = rest.map_while(data).collect();
+        if !expected.is_empty() {
+            let blocks = first..first + expected.len() as u32;
+            let what = MediumOp::Read { page: self.pages[page].0, blocks };
+            self.hand_in(Asked::Read { page, first, expected }, what);
+        }
+    }
+}
+
+fn apply(now: &mut [Value], effect: &Effect) {
+    match effect {
+        Effect::Write { first, versions } => {
+            let values = versions.iter().map(|version| Value::Data(*version));
+            now[*first as usize..].iter_mut().zip(values).for_each(|(slot, value)| *slot = value);
+        }
+        Effect::Shape { first, count, value } => now[*first as usize..(first + count) as usize].fill(*value),
+        Effect::Mark | Effect::LayerMark => {
+            now.iter_mut().filter(|v| **v != Value::Absent).for_each(|v| *v = Value::Stale);
+        }
+        Effect::Drop => now.fill(Value::Absent),
+        Effect::StaleBlocks(blocks) => blocks.iter().for_each(|block| now[*block as usize] = Value::Stale),
+        Effect::Pending(_) | Effect::ClearUnsynced => {}
+    }
+}
+
+/// One operation on a core whose transfers all succeed at once.
+fn ask(core: &mut Core, disk: &mut Image, what: MediumOp) -> MediumAnswer {
+    core.push(1, what);
+    for _ in 0..10_000 {
+        core.run();
+        if let Some(MediumEvent::Answered { answer, .. }) = core.take_events().pop() {
+            return answer;
+        }
+        for io in core.take_ios() {
+            let result = match io.kind {
+                IoKind::Read { at, len } => {
+                    let mut buf = AlignedBuf::zeroed(len);
+                    disk.read(at, &mut buf);
+                    Some(buf)
+                }
+                IoKind::Write { at, data } => {
+                    disk.write(at, data.bytes());
+                    None
+                }
+                IoKind::Sync => None,
+            };
+            core.done(io.id, Ok(result));
+        }
+    }
+    panic!("an operation that hangs");
+}
+
+/// What may be on the disk, and what must be, at one moment of the trace.
+struct Moment {
+    durable: Image,
+    /// Writes that no sync has covered, in the order in which they were begun.
+    open: BTreeMap<usize, bool>,
+    /// Writes that were done when each sync under way began.
+    covered: BTreeMap<u64, Vec<usize>>,
+    pages: Vec<PageOracle>,
+    numbers: BTreeSet<u64>,
+    answered: BTreeSet<u64>,
+    /// What each flush under way covers.
+    flushes: BTreeMap<u64, BTreeSet<u64>>,
+}
+
+impl Moment {
+    fn new(trace: &Trace) -> Self {
+        Self {
+            durable: trace.start.clone(),
+            open: BTreeMap::new(),
+            covered: BTreeMap::new(),
+            pages: pages().iter().map(|(_, blocks)| PageOracle::new(*blocks)).collect(),
+            numbers: BTreeSet::from([0]),
+            answered: BTreeSet::from([0]),
+            flushes: BTreeMap::new(),
+        }
+    }
+
+    fn pass(&mut self, trace: &Trace, event: &Event) {
+        match event {
+            Event::WriteBegun(nth) => drop(self.open.insert(*nth, false)),
+            Event::WriteDone(nth) => drop(self.open.insert(*nth, true)),
+            Event::SyncBegun(id) => {
+                let done = self.open.iter().filter(|(_, done)| **done).map(|(nth, _)| *nth).collect();
+                self.covered.insert(*id, done);
+            }
+            Event::SyncDone(id) => {
+                for nth in self.covered.remove(id).unwrap() {
+                    if self.open.remove(&nth).is_some() {
+                        let (at, data) = &trace.writes[nth];
+                        self.durable.write(*at, data);
+                    }
+                }
+            }
+            Event::HandedIn(op) => self.handed_in(*op, &trace.asked[op]),
+            Event::Answered(op) => self.answered(*op, &trace.asked[op]),
+        }
+    }
+
+    fn handed_in(&mut self, op: u64, asked: &Asked) {
+        match asked {
+            Asked::Pages(effects) => effects.iter().for_each(|(page, e)| self.pages[*page].handed_in(op, e)),
+            Asked::Flush => drop(self.flushes.insert(op, self.answered.clone())),
+            Asked::Number(number) => drop(self.numbers.insert(*number)),
+            Asked::Read { .. } => {}
+        }
+    }
+
+    fn answered(&mut self, op: u64, asked: &Asked) {
+        match asked {
+            Asked::Pages(effects) => {
+                effects.iter().for_each(|(page, e)| self.pages[*page].answered(op, e));
+                if effects.iter().all(|(_, effect)| !effect.is_commit()) {
+                    self.answered.insert(op);
+                }
+            }
+            Asked::Flush => {
+                let covered = self.flushes.remove(&op).unwrap();
+                self.pages.iter_mut().for_each(|page| page.flushed(&|op| covered.contains(&op)));
+                self.answered.retain(|op| *op == 0 || !covered.contains(op));
+            }
+            Asked::Number(number) => self.numbers.retain(|kept| kept >= number),
+            Asked::Read { .. } => {}
+        }
+    }
+
+    fn image(&self, trace: &Trace, fate: Fate, unit: usize, dice: &mut Dice) -> Image {
+        let mut image = self.durable.clone();
+        let open = self.open.keys().map(|nth| (trace.writes[*nth].0, &trace.writes[*nth].1));
+        cut(&mut image, open, fate, unit, dice);
+        image
+    }
+
+    /// Everything a recovered device shows is allowed.
+    fn check(&self, core: &mut Core, opened: &Opened, disk: &mut Image, what: &str) {
+        check_space(core, opened);
+        assert!(self.numbers.contains(&opened.lease_number), "{what}: lease number {}", opened.lease_number);
+        let blob = opened.volumes.first().map_or(0, |(_, blob)| u64::from_le_bytes(blob[..8].try_into().unwrap()));
+        assert_eq!(blob, opened.lease_number, "{what}: a commit is all or none");
+        assert_eq!(opened.copies.len(), 2, "{what}");
+        for ((key, blocks), page) in pages().into_iter().zip(&self.pages) {
+            let MediumAnswer::Page(record) = ask(core, disk, MediumOp::Load(key)) else { panic!() };
+            let pending = record.as_ref().is_some_and(|r| r.pending);
+            let unsynced = record.as_ref().is_some_and(|r| r.unsynced);
+            assert!(page.pending.allows(pending), "{what}: {key:?} pending {pending}, {:?}", page.pending);
+            assert!(page.unsynced.allows(unsynced), "{what}: {key:?} unsynced {unsynced}, {:?}", page.unsynced);
+            assert_eq!(opened.pending.contains(&key), pending, "{what}");
+            for block in 0..blocks {
+                let state = record.as_ref().map_or(BlockState::Absent, |r| r.blocks.of(block));
+                let allowed = &page.blocks[block as usize];
+                let value = match state {
+                    BlockState::Absent => Value::Absent,
+                    BlockState::Hole => Value::Hole,
+                    BlockState::Stale => Value::Stale,
+                    BlockState::Present => Value::Data(read_version(core, disk, key, block, what)),
+                };
+                assert!(allowed.allows(value), "{what}: {key:?} block {block} is {value:?}, allowed {allowed:?}");
+            }
+        }
+    }
+}
+
+fn read_version(core: &mut Core, disk: &mut Image, page: PageKey, block: u32, what: &str) -> u64 {
+    let answer = ask(core, disk, MediumOp::Read { page, blocks: block..block + 1 });
+    let MediumAnswer::Data { data, bad } = answer else { panic!("{what}: {answer:?}") };
+    assert!(bad.is_empty(), "{what}: {page:?} block {block} is bad");
+    let version = u64::from_le_bytes(data[..8].try_into().unwrap());
+    assert!(data == content(version), "{what}: {page:?} block {block} is torn");
+    version
+}
+
+/// No slot has two owners, and what is not owned is free.
+fn check_space(core: &Core, opened: &Opened) {
+    let slots = core.owned_slots();
+    let unique: BTreeSet<u32> = slots.iter().map(|(slot, _)| *slot).collect();
+    assert_eq!(unique.len(), slots.len());
+    let used: BTreeSet<u32> = slots.iter().map(|(slot, _)| slot / UNITS_PER_SLAB).collect();
+    assert_eq!(opened.free_bytes, opened.capacity_bytes - used.len() as u64 * SLAB_BYTES);
+}
+
+/// Cuts the power at this moment in every way, recovers, checks; cuts again during the recovery, recovers, checks.
+fn cut_here(trace: &Trace, moment: &Moment, at: usize, in_place: bool) {
+    let unit = if in_place { 4096 } else { 512 };
+    let mut dice = Dice(0x9e37_79b9_7f4a_7c15 ^ at as u64);
+    for fate in FATES {
+        let image = moment.image(trace, fate, unit, &mut dice);
+        let (disk, mut core, opened) = recovered(image.clone(), 2, in_place);
+        moment.check(&mut core, &opened, &mut disk.image.borrow_mut(), &format!("event {at}, {fate:?}"));
+        let again = cut_recovery(image, &disk.steps.borrow(), unit, &mut dice);
+        let (disk, mut core, opened) = recovered(again, 3, in_place);
+        moment.check(&mut core, &opened, &mut disk.image.borrow_mut(), &format!("event {at}, {fate:?}, twice"));
+    }
+}
+
+/// A cut somewhere in the recovery: what its last sync did not cover may be lost or torn.
+fn cut_recovery(mut image: Image, steps: &[Step], unit: usize, dice: &mut Dice) -> Image {
+    let end = dice.roll(steps.len() as u64 + 1) as usize;
+    let mut open: Vec<(u64, &Rc<Vec<u8>>)> = Vec::new();
+    for step in &steps[..end] {
+        match step {
+            Step::Write(at, data) => open.push((*at, data)),
+            Step::Sync => open.drain(..).for_each(|(at, data)| image.write(at, data)),
+        }
+    }
+    let fate = FATES[dice.roll(FATES.len() as u64) as usize];
+    cut(&mut image, open.into_iter(), fate, unit, dice);
+    image
+}
+
+fn survive_power_cuts(in_place: bool) {
+    let trace = Rig::new(in_place, 0x5eed + u64::from(in_place)).run(2_000);
+    assert!(trace.data_writes >= 2_000);
+    assert!(trace.checkpoints >= 3, "{} checkpoints", trace.checkpoints);
+    assert!(trace.journal_bytes > 2 * JOURNAL_BYTES, "the journal wraps: {} bytes", trace.journal_bytes);
+    let every = match std::env::var("LAMINA_POWER_CUTS").as_deref() {
+        Ok("all") => 1,
+        _ => trace.events.len() / 60,
+    };
+    let mut moment = Moment::new(&trace);
+    for (at, event) in trace.events.iter().enumerate() {
+        moment.pass(&trace, event);
+        if at % every == every / 2 {
+            cut_here(&trace, &moment, at, in_place);
+        }
+    }
+}
+
+#[test]
+fn a_power_cut_leaves_every_block_old_or_new_through_the_journal() {
+    survive_power_cuts(false);
+}
+
+#[test]
+fn a_power_cut_leaves_every_block_old_or_new_in_place() {
+    survive_power_cuts(true);
+}
