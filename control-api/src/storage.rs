@@ -49,7 +49,7 @@ pub enum ServerWord {
 }
 
 /// Who answered a `hello`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServerIdentity {
     /// Its cluster.
     pub cluster: ClusterId,
@@ -57,6 +57,8 @@ pub struct ServerIdentity {
     pub server: ServerId,
     /// Minted at the start of its process: another value is a restart.
     pub process: u128,
+    /// `host:port` of its block listener, in the order in which to try them.
+    pub addresses: Vec<String>,
 }
 
 fn call_message(call: CallId, request: &ControlRequest) -> v1::ToServer {

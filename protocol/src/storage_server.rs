@@ -42,6 +42,7 @@ mod volume;
 mod tests;
 
 pub use contract::{CallId, ConnId, Input, Output, PeerId, StaleSeen, Violation};
+pub use report::CopyStanding;
 pub use volume::{VolumeBlob, read_blob};
 
 use handles::{Conn, Handle, WaitingOpen};

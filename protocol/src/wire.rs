@@ -34,7 +34,7 @@ use bytes::Bytes;
 
 mod frame;
 
-pub use frame::{Framing, frame_length, put_reply, put_request, put_request_head, read_reply, read_request};
+pub use frame::{Framing, frame_length, put_reply, put_reply_head, put_request, put_request_head, read_reply, read_request};
 
 /// The version that this code speaks. It reads its predecessor too (there is none yet).
 pub const WIRE_VERSION: u16 = 1;

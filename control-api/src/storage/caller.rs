@@ -111,6 +111,7 @@ fn identity_from(message: v1::FromServer) -> Result<ServerIdentity, Malformed> {
             cluster: ClusterId(id_from("cluster", &hello.cluster)?),
             server: ServerId(id_from("server", &hello.server)?),
             process: id_from("process", &hello.process)?,
+            addresses: hello.addresses,
         }),
         _ => Err(Malformed::OutOfTurn),
     }

@@ -59,7 +59,7 @@ impl Service {
         let Some(v1::ToServer { word: Some(v1::to_server::Word::Hello(hello)) }) = first else {
             return Err(Malformed::OutOfTurn.into());
         };
-        let here = *self.presence.borrow();
+        let here = self.presence.borrow().clone();
         let server = id_from("server", &hello.server)?;
         if id_from("cluster", &hello.cluster)? != here.cluster.0 {
             return Err(Status::failed_precondition("this server belongs to another cluster"));
@@ -90,6 +90,7 @@ impl StorageControl for Service {
             server: id_bytes(here.server.0),
             version: VERSION,
             process: id_bytes(here.process),
+            addresses: here.addresses,
         };
         let first = v1::FromServer { word: Some(v1::from_server::Word::Hello(hello)) };
         words.try_send(Ok(first)).expect("the queue is new and empty");

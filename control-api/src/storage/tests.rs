@@ -8,12 +8,14 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::Code;
 
-const HERE: ServerIdentity = ServerIdentity { cluster: ClusterId(1), server: ServerId(2), process: 3 };
+fn here() -> ServerIdentity {
+    ServerIdentity { cluster: ClusterId(1), server: ServerId(2), process: 3, addresses: vec!["a.example:4700".into()] }
+}
 
 async fn serve() -> (SocketAddr, mpsc::Receiver<Session>) {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let (present, presence) = watch::channel(HERE);
+    let (present, presence) = watch::channel(here());
     let (service, sessions) = Service::new(presence);
     tokio::spawn(async move {
         let _present = present;
@@ -31,7 +33,7 @@ fn expected(cluster: u128, server: u128) -> Expected {
 async fn calls_arrive_in_order_and_words_come_back() {
     let (address, mut sessions) = serve().await;
     let mut leader = connect(&address.to_string(), expected(1, 2)).await.unwrap();
-    assert_eq!(leader.server, HERE);
+    assert_eq!(leader.server, here());
     let mut session = sessions.recv().await.unwrap();
     for n in 1..=100 {
         leader.caller.call(CallId(n), &ControlRequest::Heartbeat { lease_number: n }).unwrap();

@@ -7,8 +7,9 @@ use super::volume::{Copy, Volume};
 use crate::control::{
     Alive, ControlReply, CopyInventory, CopyProgress, CopyReport, DeviceReport, Promised, SettleName, VolumeReport,
 };
-use crate::ids::{BootId, VolumeId};
-use crate::map::{Settle, VolumeMap};
+use crate::ids::{BootId, CopyId, DeviceId, Generation, VolumeId};
+use crate::map::{Member, MemberState, Settle, VolumeMap};
+use crate::wire::HandleId;
 use std::collections::BTreeMap;
 
 impl StorageServer {
@@ -140,6 +141,75 @@ impl StorageServer {
             known.copies.values().map(of_copy).collect::<Vec<_>>()
         };
         ControlReply::Inventory { copies: self.volumes.iter().flat_map(of).collect() }
+    }
+}
+
+/// A copy on a server, for readiness, metrics and a planned leave. No decision of the protocol rests on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CopyStanding {
+    /// Whose.
+    pub volume: VolumeId,
+    /// Which.
+    pub copy: CopyId,
+    /// On which device.
+    pub device: DeviceId,
+    /// The opening of its device; none while that is closed.
+    pub boot: Option<BootId>,
+    /// Generation of the stored map; 0 = none.
+    pub stored: Generation,
+    /// What the stored map says of it; `None` if the map does not name it.
+    pub member: Option<Member>,
+    /// Another member of its group is `Active` by the stored map.
+    pub others_active: bool,
+    /// Pages that a fill must still bring, and pages in all.
+    pub unsynced: (u64, u64),
+    /// Bytes filled since it became `Syncing`.
+    pub filled_bytes: u64,
+}
+
+impl CopyStanding {
+    /// Whether it needs nothing any more: `Active` under this very opening, or no longer named by the map.
+    pub fn is_settled_in(&self) -> bool {
+        self.member.is_none_or(|m| m.state == MemberState::Active && Some(m.boot) == self.boot)
+    }
+
+    /// Whether the map counts on it although others could go on without it.
+    pub fn could_be_left_out(&self) -> bool {
+        let counted_on = |m: &Member| m.state != MemberState::Failed && Some(m.boot) == self.boot;
+        self.others_active && self.member.as_ref().is_some_and(counted_on)
+    }
+}
+
+impl StorageServer {
+    /// Every copy on this server.
+    pub fn copies(&self) -> Vec<CopyStanding> {
+        let of = |(volume, known): (&VolumeId, &Volume)| {
+            known.copies.values().map(|copy| self.standing(*volume, known, copy)).collect::<Vec<_>>()
+        };
+        self.volumes.iter().flat_map(of).collect()
+    }
+
+    fn standing(&self, volume: VolumeId, known: &Volume, copy: &Copy) -> CopyStanding {
+        let place = known.map.as_ref().and_then(|map| Some((map, map.place_of(copy.record.copy)?)));
+        let others_active = place.is_some_and(|(map, (p, g, own))| {
+            map.placements[p as usize].groups[g as usize].in_state(MemberState::Active).any(|m| m.copy != own.copy)
+        });
+        CopyStanding {
+            volume,
+            copy: copy.record.copy,
+            device: copy.device,
+            boot: copy.boot,
+            stored: known.stored(),
+            member: place.map(|(_, (_, _, member))| *member),
+            others_active,
+            unsynced: self.unsynced_of(volume, copy),
+            filled_bytes: copy.filled_bytes,
+        }
+    }
+
+    /// The volume of a handle, for metrics.
+    pub fn volume_behind(&self, handle: HandleId) -> Option<VolumeId> {
+        self.handles.get(&handle).map(|h| h.volume)
     }
 }
 

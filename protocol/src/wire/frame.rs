@@ -70,11 +70,6 @@ fn put_head(out: &mut Vec<u8>, kind: u8, class: Class, numbers: &Numbers, body: 
     out.extend_from_slice(body);
 }
 
-fn put_frame(out: &mut Vec<u8>, kind: u8, class: Class, numbers: &Numbers, body: &[u8], payload: &[u8]) {
-    put_head(out, kind, class, numbers, body, payload);
-    out.extend_from_slice(payload);
-}
-
 struct Parts<'a> {
     kind: u8,
     class: Class,
@@ -157,6 +152,12 @@ pub fn put_request_head(frame: &RequestFrame, out: &mut Vec<u8>) {
 
 /// Appends a reply.
 pub fn put_reply(frame: &ReplyFrame, out: &mut Vec<u8>) {
+    put_reply_head(frame, out);
+    out.extend_from_slice(&frame.payload);
+}
+
+/// Appends a reply without its payload, which must follow: a sender of large payloads does not copy them.
+pub fn put_reply_head(frame: &ReplyFrame, out: &mut Vec<u8>) {
     let h = &frame.header;
     let numbers = Numbers {
         request: h.request.0,
@@ -168,7 +169,7 @@ pub fn put_reply(frame: &ReplyFrame, out: &mut Vec<u8>) {
         confirmed: 0,
     };
     let (kind, body) = body_bytes(&frame.body);
-    put_frame(out, kind, h.class, &numbers, &body, &frame.payload);
+    put_head(out, kind, h.class, &numbers, &body, &frame.payload);
 }
 
 /// Reads one whole request frame; its payload shares the frame's memory.
