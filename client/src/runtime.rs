@@ -59,6 +59,9 @@ pub struct Status {
     pub generation: Generation,
     /// Requests are being served, not parked as a whole.
     pub serving: bool,
+    /// Every member refuses the process before: only now may the kernel be asked to give back what that one left
+    /// unanswered ([`driver::Driver::owns_device`]).
+    pub owns_device: bool,
     /// The session is over: every request fails.
     pub ended: bool,
     /// A successor owns the device.

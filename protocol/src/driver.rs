@@ -125,7 +125,9 @@ pub enum Input {
         /// It.
         frame: ReplyFrame,
     },
-    /// A request of the OS.
+    /// A request of the OS. A successor gets only requests that the process before can no longer answer: it is dead, or
+    /// [`Driver::owns_device`] says that its members refuse it. Otherwise an old request, answered there meanwhile, would
+    /// be executed again over a newer one.
     Submit {
         /// Its name.
         tag: Tag,
@@ -333,6 +335,12 @@ impl Driver {
     /// Whether requests are being served: not parked as a whole, and not over.
     pub fn is_serving(&self) -> bool {
         self.phase == Phase::Serving && self.view.as_ref().is_some_and(|view| view.admitted())
+    }
+
+    /// Whether every member refuses older incarnations, or the session is over: only now may the kernel be asked to give
+    /// back what a process before left unanswered (H20, R10).
+    pub fn owns_device(&self) -> bool {
+        !matches!(self.phase, Phase::Discovering | Phase::Exited)
     }
 
     /// Whether the session has ended for good, so that every request fails.

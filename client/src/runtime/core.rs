@@ -245,6 +245,7 @@ impl Core {
             size: driver.size().unwrap_or(0),
             generation: driver.generation(),
             serving: driver.is_serving(),
+            owns_device: driver.owns_device(),
             ended: driver.has_ended(),
             superseded: state.exited,
         };

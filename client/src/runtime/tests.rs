@@ -334,7 +334,6 @@ fn closing_answers_what_is_unanswered() {
 #[test]
 fn many_threads_get_every_request_answered_once() {
     let (bench, a, b) = two();
-    let bench = Arc::new(bench);
     let (threads, each) = (4u64, 2_000u64);
     std::thread::scope(|scope| {
         for thread in 0..threads {

@@ -87,9 +87,9 @@ fn a_successor_serves_nothing_before_all_members_answered() {
     let opens = [bench.take(1, is_open).unwrap(), bench.take(2, is_open).unwrap()];
     assert!(opens.iter().all(|open| incarnation(open) == 5));
     bench.serve(&opens[0]);
-    assert!(bench.flying.is_empty() && !bench.driver.is_serving());
+    assert!(bench.flying.is_empty() && !bench.driver.is_serving() && !bench.driver.owns_device());
     bench.serve(&opens[1]);
-    assert!(bench.driver.is_serving());
+    assert!(bench.driver.is_serving() && bench.driver.owns_device());
     bench.serve_all();
     assert!(bench.is_done(1));
 }
