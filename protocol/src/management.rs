@@ -53,8 +53,6 @@ pub use object::{
 
 /// A call that was not answered for so long is forgotten, milliseconds.
 const FORGET_CALL_MS: u64 = 60_000;
-/// A member that a driver got no progress out of stays out for so long, milliseconds.
-const STALLED_OUT_MS: u64 = 30_000;
 
 /// The leader.
 pub struct Leader {
@@ -281,7 +279,7 @@ impl Leader {
             Trouble::Unreachable => self.servers.reported(now, report.server),
             Trouble::Stalled => {
                 self.servers.reported(now, report.server);
-                volume.stalled_until.insert(report.copy, now.after(STALLED_OUT_MS));
+                volume.stalled.insert(report.copy, now);
             }
             // Before it has stored the committed map that says nothing.
             Trouble::NotServing | Trouble::NoCopy if volume.served_at(report.server).is_none() => {}

@@ -22,6 +22,8 @@ use std::collections::{BTreeMap, BTreeSet};
 const OTHER_BOOT: BootId = BootId(u128::MAX);
 /// A server without room is asked again after this long, milliseconds.
 const FULL_MS: u64 = 60_000;
+/// A driver's report of no progress counts for so long, milliseconds.
+const STALLED_MS: u64 = 10_000;
 /// A server that is back has so long to rejoin before its members are replaced, milliseconds.
 const BACK_MS: u64 = 10_000;
 /// What was refused is tried again after this long, if nothing wakes it before, milliseconds.
@@ -193,7 +195,11 @@ impl Volume {
     }
 
     pub(super) fn is_stalled(&self, m: &Member, now: Millis) -> bool {
-        self.stalled_until.get(&m.copy).is_some_and(|until| *until > now)
+        self.stalled.get(&m.copy).is_some_and(|at| now.since(*at) < STALLED_MS)
+    }
+
+    fn is_barred(&self, m: &Member, now: Millis) -> bool {
+        self.barred_until.get(&m.copy).is_some_and(|until| *until > now)
     }
 
     fn leave_stalled(&self, map: &VolumeMap, goal: &mut Goal, world: &World<'_>) {
@@ -256,7 +262,7 @@ impl Volume {
         goal: &mut Goal,
         world: &mut World<'_>,
     ) {
-        let waits = group.members.iter().filter_map(|m| self.stalled_until.get(&m.copy)).filter(|at| **at > world.now);
+        let waits = group.members.iter().filter_map(|m| self.barred_until.get(&m.copy)).filter(|at| **at > world.now);
         waits.for_each(|at| world.wake = world.wake.min(*at));
         let asked = |m: &Member| world.servers.of(m.server).is_some_and(|s| s.alive.leaving);
         let leaving = |m: &Member| asked(m) || self.is_stalled(m, world.now);
@@ -327,7 +333,7 @@ impl Volume {
         let Some(server) = world.servers.of(m.server).filter(|s| s.is_alive()) else { return false };
         // H24: it answers orders about this volume, for it has stored the committed map.
         let answers = self.served_at(m.server).is_some();
-        answers && !self.lost.contains(&m.copy) && !self.is_stalled(m, world.now) && server.hint(m) != Hint::Closed
+        answers && !self.lost.contains(&m.copy) && !self.is_barred(m, world.now) && server.hint(m) != Hint::Closed
     }
 
     /// Away for longer than `rebuildAfter`, or for ever.
@@ -343,7 +349,7 @@ impl Volume {
         // Who is just back is given the time to rejoin.
         let alive = world.servers.of(m.server).and_then(|server| server.alive_since);
         let back = alive.map(|at| at.max(self.serving_since(m.server).unwrap_or(at)).after(BACK_MS));
-        if let Some(until) = back.filter(|until| *until > world.now && !self.is_stalled(m, world.now)) {
+        if let Some(until) = back.filter(|until| *until > world.now && !self.is_barred(m, world.now)) {
             world.wake_at(until);
             return false;
         }

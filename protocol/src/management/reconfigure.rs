@@ -266,7 +266,7 @@ impl Volume {
         let (Some(change), Some(map)) = (self.change.as_ref(), self.object.status.map.as_ref()) else { return };
         let late = |m: &&Member| change.optional.contains(&m.server) && !change.answers.contains_key(&m.server);
         for m in map.members().filter(late) {
-            self.stalled_until.insert(m.copy, world.now.after(LATE_OUT_MS));
+            self.barred_until.insert(m.copy, world.now.after(LATE_OUT_MS));
         }
     }
 
@@ -292,7 +292,7 @@ impl Volume {
         let alive: Vec<_> = out.iter().copied().filter(|id| world.servers.is_alive(*id)).collect();
         let members = self.object.status.map.iter().flat_map(VolumeMap::members);
         for m in members.filter(|m| alive.contains(&m.server)) {
-            self.stalled_until.insert(m.copy, world.now.after(LATE_OUT_MS));
+            self.barred_until.insert(m.copy, world.now.after(LATE_OUT_MS));
         }
         if let Some(change) = self.change.as_mut() {
             change.answers.extend(out.into_iter().map(|id| (id, Answer::LeftOut)));

@@ -16,6 +16,8 @@ use std::collections::BTreeSet;
 
 /// A call that failed, or was not answered, is repeated after this long, milliseconds.
 pub(super) const AGAIN_MS: u64 = 1_000;
+/// A server has opened its devices within this time, milliseconds.
+const OPENED_MS: u64 = 5_000;
 
 /// How far a server is with the committed map.
 #[derive(Clone, Copy, Debug)]
@@ -99,15 +101,23 @@ impl Volume {
                 self.floor = self.floor.max(promised);
                 self.must |= self.change.is_none();
             }
-            // Nothing of the volume is there: a fence finds out about members that serve; the others are lost.
-            Some(ControlReply::NoCopy { .. }) => {
-                let here: Vec<_> = self.map().iter().flat_map(|m| m.members()).filter(|m| m.server == server).collect();
-                let (lost, suspect): (Vec<_>, Vec<_>) =
-                    here.into_iter().map(|m| (m.copy, m.state)).partition(|(_, s)| *s == MemberState::Failed);
-                self.lost.extend(lost.into_iter().map(|(copy, _)| copy));
-                self.suspects.extend(suspect.into_iter().map(|(copy, _)| copy));
-            }
+            Some(ControlReply::NoCopy { .. }) => self.nothing_there(world, server),
             _ => {}
+        }
+    }
+
+    /// Nothing of the volume is at a server: a fence finds out about members that serve. The others are lost, unless the
+    /// server has just come up and may not have opened all its devices.
+    fn nothing_there(&mut self, world: &World<'_>, server: ServerId) {
+        let Some(state) = world.servers.of(server) else { return };
+        let up = state.alive_since.is_some_and(|at| world.now.since(at) >= OPENED_MS);
+        let map = self.object.status.map.iter();
+        for m in map.flat_map(|map| map.members()).filter(|m| m.server == server) {
+            if m.state != MemberState::Failed {
+                self.suspects.insert(m.copy);
+            } else if up && state.hint(m) != Hint::Closed {
+                self.lost.insert(m.copy);
+            }
         }
     }
 

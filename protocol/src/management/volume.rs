@@ -17,6 +17,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// A write whose outcome nobody knows is sent again after this long, milliseconds.
 const REWRITE_MS: u64 = 500;
+/// A member that a driver got no progress out of stays out for so long, milliseconds.
+const STALLED_OUT_MS: u64 = 30_000;
 /// While a settle runs its servers are asked this often, milliseconds.
 const HURRY_MS: u64 = 100;
 
@@ -126,8 +128,10 @@ pub(super) struct Volume {
     pub(super) deleting: BTreeMap<CopyId, Deleting>,
     /// Since when a member is `Failed` as this leader knows.
     pub(super) failed_since: BTreeMap<CopyId, Millis>,
-    /// Members that drivers got no progress out of: out until then.
-    pub(super) stalled_until: BTreeMap<CopyId, Millis>,
+    /// Members that a driver got no progress out of, under the committed generation, and when it said so.
+    pub(super) stalled: BTreeMap<CopyId, Millis>,
+    /// `Failed` members that do not rejoin before then.
+    pub(super) barred_until: BTreeMap<CopyId, Millis>,
     /// Copies that their server does not have any more.
     pub(super) lost: BTreeSet<CopyId>,
     /// Members of which a driver says that they do not serve: a fence finds out.
@@ -169,7 +173,8 @@ impl Volume {
             viewed: Generation(0),
             deleting: BTreeMap::new(),
             failed_since: BTreeMap::new(),
-            stalled_until: BTreeMap::new(),
+            stalled: BTreeMap::new(),
+            barred_until: BTreeMap::new(),
             lost: BTreeSet::new(),
             suspects: BTreeSet::new(),
             fence_silent: BTreeMap::new(),
@@ -235,14 +240,19 @@ impl Volume {
         let failed: BTreeSet<_> = map.members().filter(|m| m.state == MemberState::Failed).map(|m| m.copy).collect();
         self.failed_since.retain(|copy, _| failed.contains(copy));
         for copy in failed {
+            if self.stalled.contains_key(&copy) {
+                self.barred_until.insert(copy, now.after(STALLED_OUT_MS));
+            }
             self.failed_since.entry(copy).or_insert(now);
         }
         let there = |copy: &CopyId| map.place_of(*copy).is_some();
         self.lost.retain(there);
         self.suspects.clear();
+        // What stalled under an older generation may have been parked by the change.
+        self.stalled.clear();
         let serving = super::reconfigure::serving(map);
         self.fence_silent.retain(|server, _| serving.contains(server));
-        self.stalled_until.retain(|copy, until| there(copy) && *until > now);
+        self.barred_until.retain(|copy, until| there(copy) && *until > now);
     }
 
     /// Reads the object anew, past every cache.

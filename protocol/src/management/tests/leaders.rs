@@ -305,3 +305,16 @@ fn a_foreign_server_is_asked_nothing_and_its_members_are_left_out() {
     assert!(fake.events.contains(&EventReason::ForeignServer));
     let _ = V;
 }
+
+#[test]
+fn a_report_of_no_progress_under_an_older_generation_fails_nobody_later() {
+    let mut fake = Fake::with_volume(2, 2, 1);
+    fake.attach(1, "n1");
+    fake.run(2_000);
+    fake.server(2).up = false;
+    fake.run(5_000);
+    fake.report(1, Trouble::Stalled);
+    fake.server(2).up = true;
+    fake.run(8_000);
+    assert_eq!(fake.group(0), "1A 2A", "the last one was not let go, and is not let go when it no longer is the last");
+}
