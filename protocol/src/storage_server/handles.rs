@@ -317,9 +317,10 @@ impl StorageServer {
                 h.granted.saturating_sub(h.used) * u64::from(bytes)
             })
             .sum();
+        // A device that just failed is gone before its copies know: there is no room on it.
         let free = |boot: &BootId| {
-            let device = &self.devices[boot];
-            device.free_bytes.saturating_sub(device.capacity_bytes / SPACE_RESERVE_DIVISOR)
+            let room = |d: &super::Device| d.free_bytes.saturating_sub(d.capacity_bytes / SPACE_RESERVE_DIVISOR);
+            self.devices.get(boot).map_or(0, room)
         };
         let least = known.boots().iter().map(free).min().unwrap_or(0);
         let page = u64::from(page_bytes(known).unwrap_or(u32::MAX));

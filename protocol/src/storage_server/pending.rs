@@ -115,9 +115,13 @@ impl StorageServer {
         let heard = known.sessions.entry(session).or_default().confirmed.entry(incarnation).or_default();
         if confirmed > *heard {
             *heard = confirmed;
-            if !std::mem::replace(&mut known.clearing, true) {
-                self.due(self.now.after(CLEAR_BATCH_MS), Due::Clear(volume));
-            }
+            self.clear_soon(volume);
+        }
+    }
+
+    fn clear_soon(&mut self, volume: VolumeId) {
+        if !std::mem::replace(&mut self.known(volume).clearing, true) {
+            self.due(self.now.after(CLEAR_BATCH_MS), Due::Clear(volume));
         }
     }
 
@@ -149,6 +153,8 @@ impl StorageServer {
     /// The pending writes of older incarnations count as the opener's own from now on.
     pub(super) fn adopt(&mut self, volume: VolumeId, session: SessionId, handle: HandleId, up_to: Incarnation) {
         let own = self.handles[&handle].incarnation;
+        // A successor that writes nothing itself never confirms more than it has: this may be the last occasion.
+        self.clear_soon(volume);
         for layer in self.known(volume).copies.values_mut().flat_map(|c| c.layers.values_mut()) {
             for pending in layer.pending.values_mut() {
                 let older = |w: &(SessionId, Incarnation)| w.0 == session && w.1 <= up_to && w.1 < own;

@@ -98,6 +98,27 @@ fn adopted_writes_are_cleared_by_the_successor() {
 }
 
 #[test]
+fn a_successor_that_writes_nothing_leaves_nothing_pending() {
+    let mut net = Net::started(1);
+    let handle = net.open(0, 1, 1);
+    net.ask(0, handle, 1, write_at(0, 0), block(7));
+    let handle = net.open_incarnation(0, 1, 2, 1);
+    net.ask(0, handle, 1, RequestBody::Adopt { incarnation: Incarnation(1) }, Bytes::new());
+    net.advance(1_000);
+    assert_eq!(net.pending(0), 0, "adopted after a flush, and no confirmed of its own ever follows");
+}
+
+#[test]
+fn a_failing_device_with_a_write_under_way_is_no_panic() {
+    let mut net = Net::started(1);
+    let handle = net.open(0, 1, 1);
+    net.servers[0].medium.hold = true;
+    net.send(0, handle, 1, write_at(0, 0), block(7));
+    net.fail_device(0);
+    assert_eq!(net.replies.pop().unwrap().body, ReplyBody::NotServing, "R3");
+}
+
+#[test]
 fn a_lower_handle_is_dead_once_a_higher_one_is_open() {
     let mut net = Net::started(1);
     let old = net.open(0, 1, 1);
