@@ -34,6 +34,8 @@ pub(super) struct Request {
 pub(super) struct Runtime {
     driver: Driver,
     wake: u64,
+    /// Holds the device: its kernel side goes from one process to the next, never to two.
+    holds_device: bool,
     links: BTreeSet<LinkId>,
     fails: BTreeMap<ServerId, u32>,
     told: Generation,
@@ -125,7 +127,9 @@ impl World {
                 self.release(client);
             }
         } else if !attached.wished {
-            if !host.off && !frozen && object.status.session(id) == SessionState::Out {
+            // A session that was ended (a loss on a shared volume) is as out as one that was let go.
+            let out = matches!(object.status.session(id), SessionState::Out | SessionState::Ended);
+            if !host.off && !frozen && out {
                 self.unstage(client);
             }
         } else if attached.lost || attached.dead || state == Some(SessionState::Ended) {
@@ -160,10 +164,14 @@ impl World {
         let runtime = Runtime {
             driver: Driver::new(config),
             wake: 0,
+            holds_device: true,
             links: BTreeSet::new(),
             fails: BTreeMap::new(),
             told: Generation(0),
         };
+        for before in host.processes.values_mut() {
+            before.holds_device = false;
+        }
         host.processes.insert(host.epoch, runtime);
         self.note(|| format!("client {client} starts a driver for session {:x} ({start:?})", session.0));
         if start == Start::Resume {
@@ -213,7 +221,17 @@ impl World {
         let host = &self.clients[client];
         let alive = host.attached.as_ref().is_some_and(|a| a.staged && !a.lost) && !host.processes.is_empty();
         if alive && !self.frozen.contains_key(&Host::Driver(client)) {
+            // The holder of the device ends a taker whose socket stays open: one that serves may be that slow to go.
+            let idle: Vec<u32> = host
+                .processes
+                .iter()
+                .filter(|(_, r)| !(r.holds_device && r.driver.is_serving()))
+                .map(|(epoch, _)| *epoch)
+                .collect();
             let session = host.attached.as_ref().map(|a| a.id).unwrap_or_default();
+            for epoch in idle {
+                self.end_process(client, epoch, Leaving::Closed);
+            }
             self.register.process_died(session);
             self.stage(client, Start::Resume);
         }
@@ -288,10 +306,25 @@ impl World {
         } else {
             (0..self.clients.len()).find(|c| self.may_ask(*c)).unwrap_or(client)
         };
-        if !self.may_ask(client) {
+        if !self.may_ask(client) || self.meets_another_session(client, ask) {
             return self.counters.count("asked in vain");
         }
         self.ask_now(client, ask);
+    }
+
+    /// Applications on a shared volume write the same block at once only under a lock (PROTOCOL.md §7).
+    fn meets_another_session(&self, client: usize, ask: Ask) -> bool {
+        let range = |ask: Ask| match ask {
+            Ask::Read(block, count) | Ask::Write(block, count) | Ask::Discard(block, count) => block..block + count,
+            Ask::Flush => 0..0,
+        };
+        let writes = |ask: Ask| matches!(ask, Ask::Write(..) | Ask::Discard(..));
+        let own = range(ask);
+        let others = self.clients.iter().enumerate().filter(|(n, _)| *n != client);
+        others.flat_map(|(_, c)| c.device.values()).any(|other| {
+            let theirs = range(other.ask);
+            (writes(ask) || writes(other.ask)) && own.start < theirs.end && theirs.start < own.end
+        })
     }
 
     fn may_ask(&self, client: usize) -> bool {
@@ -314,7 +347,8 @@ impl World {
         self.note(|| format!("client {client} {ask} (request {tag:x}{})", stamps.first().map_or(String::new(), |s| format!(", write {}", s >> 16))));
         self.counters.count("operations");
         self.clients[client].device.insert(tag, Request { ask, op, asked_at: self.now });
-        for epoch in self.clients[client].processes.keys().copied().collect::<Vec<_>>() {
+        let holder = self.clients[client].processes.iter().find(|(_, r)| r.holds_device);
+        if let Some(epoch) = holder.map(|(epoch, _)| *epoch) {
             let process = Process { host: Host::Driver(client), epoch };
             self.queue.push(self.now + 2, Event::Submit { process, tag });
         }
@@ -331,6 +365,9 @@ impl World {
 
     fn completed(&mut self, client: usize, epoch: u32, tag: u64, result: Result<bytes::Bytes, OpError>) {
         let generation = self.driver_generation(client, epoch);
+        if !self.clients[client].processes.get(&epoch).is_some_and(|r| r.holds_device) {
+            return;
+        }
         let Some(request) = self.clients[client].device.remove(&tag) else { return };
         self.note(|| {
             let how = result.as_ref().map_or_else(|e| format!("fails: {e:?}"), |data| first_stamps(data));

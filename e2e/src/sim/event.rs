@@ -63,6 +63,8 @@ pub(super) enum StoreAnswer {
 pub(super) enum Event {
     /// A step of the plan.
     Step(usize),
+    /// A step of the plan that waited for a leader's step.
+    Timed(usize),
     /// The end of a fault of the plan.
     Heal(usize),
     Wake { process: Process, serial: u64 },

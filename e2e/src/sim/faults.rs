@@ -2,9 +2,10 @@
 
 use super::disk::{Cut, Disk, Failing};
 use super::event::{Event, Host};
-use super::plan::{DiskFault, Fault};
+use super::plan::{Action, DiskFault, Fault};
 use super::world::World;
 use lamina_protocol::ids::DeviceId;
+use lamina_protocol::management::Step as LeaderStep;
 use lamina_protocol::map::MemberState;
 use lamina_protocol::storage_server;
 
@@ -26,6 +27,7 @@ impl World {
             Fault::PowerOffClient { client, down_ms } => self.power_off_client(*client, down_ms * 1_000),
             Fault::KillOperator { operator, down_ms } => self.stop_operator(*operator, down_ms * 1_000),
             Fault::KillLeaderAt { step, down_ms } => self.armed.push((*step, *down_ms)),
+            Fault::When { step, .. } => self.timed.push((*step, n)),
             Fault::LoseLease => self.store.holder = None,
             Fault::Freeze { host, ms } => {
                 self.freeze(*host, n);
@@ -53,6 +55,7 @@ impl World {
                 self.queue.push(self.now + ms * 1_000, Event::Heal(n));
             }
             Fault::Leave { server, down_ms } => {
+                self.servers[*server].leaving = true;
                 self.server_input(*server, storage_server::Input::Leave);
                 self.queue.push(self.now + down_ms * 1_000 / 2 + 2_000_000, Event::Heal(n));
             }
@@ -60,12 +63,40 @@ impl World {
         true
     }
 
+    /// The fault of a step, whatever it waits for.
+    fn fault_of(&self, n: usize) -> Option<Fault> {
+        match self.plan.steps[n].action.clone() {
+            Action::Fault(Fault::When { fault, .. }) => Some(*fault),
+            Action::Fault(fault) => Some(fault),
+            _ => None,
+        }
+    }
+
+    /// A leader has passed a step that a fault waits for.
+    pub(super) fn step_passed(&mut self, step: LeaderStep) {
+        let timed = std::mem::take(&mut self.timed);
+        let (now, later): (Vec<_>, Vec<_>) = timed.into_iter().partition(|(at, _)| *at == step);
+        self.timed = later;
+        for (_, n) in now {
+            if let Action::Fault(Fault::When { later_us, .. }) = &self.plan.steps[n].action {
+                self.queue.push(self.now + 1 + later_us, Event::Timed(n));
+            }
+        }
+    }
+
+    pub(super) fn timed_fault(&mut self, n: usize) {
+        if let Some(fault) = self.fault_of(n).filter(|_| !self.healed) {
+            self.note(|| format!("FAULT {fault}"));
+            self.fault(n, &fault);
+        }
+    }
+
     /// The end of a fault, or the second half of it.
     pub(super) fn heal(&mut self, n: usize) {
         if self.healed {
             return;
         }
-        let super::plan::Action::Fault(fault) = self.plan.steps[n].action.clone() else { return };
+        let Some(fault) = self.fault_of(n) else { return };
         match fault {
             Fault::Cut { from, to, both, .. } => {
                 self.cut(&from, &to, both, false);
@@ -136,8 +167,9 @@ impl World {
         self.note(|| "all is healed".into());
         self.healed = true;
         self.armed.clear();
-        for step in self.plan.steps.clone() {
-            if let super::plan::Action::Fault(Fault::Cut { from, to, both, .. }) = step.action {
+        self.timed.clear();
+        for n in 0..self.plan.steps.len() {
+            if let Some(Fault::Cut { from, to, both, .. }) = self.fault_of(n) {
                 self.uncut(&from, &to, both);
             }
         }
@@ -147,6 +179,9 @@ impl World {
         }
         for server in 0..self.servers.len() {
             self.servers[server].extra_us = 0;
+            if self.servers[server].leaving {
+                self.stop_server(server, Cut::Process, 200_000);
+            }
             let epoch = self.servers[server].epoch;
             self.queue.push(self.now + 100_000, Event::Boot { host: Host::Server(server), epoch });
             for disk in &mut self.servers[server].disks {

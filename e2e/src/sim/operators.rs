@@ -209,6 +209,7 @@ impl World {
     fn passed(&mut self, n: usize, step: Step, generation: u64) {
         self.counters.count(&format!("passed: {step:?}"));
         self.trace(|| format!("operator {n} passes {step:?} of generation {generation}"));
+        self.step_passed(step);
         if let Some(at) = self.armed.iter().position(|(armed, _)| *armed == step) {
             let (_, down_ms) = self.armed.remove(at);
             self.counters.count(&format!("leader killed at: {step:?}"));

@@ -115,6 +115,15 @@ pub enum Fault {
         /// Milliseconds.
         down_ms: u64,
     },
+    /// Something else goes wrong when a leader next passes this step, or a little later.
+    When {
+        /// The step.
+        step: LeaderStep,
+        /// Microseconds after it.
+        later_us: u64,
+        /// What.
+        fault: Box<Fault>,
+    },
     /// The lease is taken from whoever holds it.
     LoseLease,
     /// A process stands still (SIGSTOP), then goes on where it was.
@@ -258,6 +267,7 @@ impl fmt::Display for Fault {
             Self::PowerOffClient { client, down_ms } => write!(f, "client {client} loses power for {down_ms} ms"),
             Self::KillOperator { operator, down_ms } => write!(f, "kill -9 of operator {operator}, back after {down_ms} ms"),
             Self::KillLeaderAt { step, down_ms } => write!(f, "kill -9 of the leader when it passes {step:?}, back after {down_ms} ms"),
+            Self::When { step, later_us, fault } => write!(f, "{later_us} us after a leader passes {step:?}: {fault}"),
             Self::LoseLease => write!(f, "the lease is taken from its holder"),
             Self::Freeze { host, ms } => write!(f, "{host} stands still for {ms} ms"),
             Self::Cut { from, to, both, ms } => {
@@ -287,6 +297,7 @@ impl Fault {
             Self::PowerOffClient { .. } => "power cut of a client",
             Self::KillOperator { .. } => "kill of an operator",
             Self::KillLeaderAt { .. } => "kill of the leader at a step",
+            Self::When { .. } => "trouble timed by a step",
             Self::LoseLease => "lease taken away",
             Self::Freeze { host: Host::Server(_), .. } => "standstill of a server",
             Self::Freeze { host: Host::Driver(_), .. } => "standstill of a driver",

@@ -25,6 +25,8 @@ pub(super) struct ServerHost {
     pub(super) control: Vec<ConnIndex>,
     pub(super) calls: BTreeMap<CallId, (ConnIndex, management::CallId)>,
     pub(super) extra_us: u64,
+    /// It was asked to stop and waits to be left out.
+    pub(super) leaving: bool,
     wake: u64,
     /// Generation of each request under way, for I1.
     pub(super) requests: BTreeMap<(ConnIndex, RequestId), Generation>,
@@ -48,6 +50,7 @@ impl World {
                 control: Vec::new(),
                 calls: BTreeMap::new(),
                 extra_us: 0,
+                leaving: false,
                 wake: 0,
                 requests: BTreeMap::new(),
                 promised: Generation(0),
@@ -101,6 +104,7 @@ impl World {
         }
         let process = Process { host: Host::Server(n), epoch: host.epoch };
         host.powered = cut == Cut::Process;
+        host.leaving = false;
         host.peers.clear();
         host.control.clear();
         host.calls.clear();

@@ -46,6 +46,8 @@ pub(super) struct World {
     pub(super) frozen: BTreeMap<Host, Frozen>,
     /// Leaders that are to die at a step, and for how long.
     pub(super) armed: Vec<(LeaderStep, u64)>,
+    /// Steps of the plan that wait for a leader's step.
+    pub(super) timed: Vec<(LeaderStep, usize)>,
     /// All is healed; no step of the plan acts any more.
     pub(super) healed: bool,
     pub(super) ending: Ending,
@@ -76,6 +78,7 @@ impl World {
             counters: Counters::default(),
             frozen: BTreeMap::new(),
             armed: Vec::new(),
+            timed: Vec::new(),
             healed: false,
             ending: Ending::NotYet,
             stopped: false,
@@ -130,6 +133,7 @@ impl World {
         }
         match event {
             Event::Step(n) => self.step(n),
+            Event::Timed(n) => self.timed_fault(n),
             Event::Heal(usize::MAX) => self.heal_all(),
             Event::Heal(n) => self.heal(n),
             Event::Thaw { host, number } => self.thaw(host, Some(number)),

@@ -82,7 +82,10 @@ fn faults(setup: &Setup, dice: &mut Dice, steps: &mut Vec<Step>) {
     for _ in 0..count {
         let at_us = dice.within(1_500_000, setup.heal_at_us);
         let kind = kinds[dice.index(kinds.len())];
-        let action = fault(setup, dice, kind, &mut blanked);
+        let mut action = fault(setup, dice, kind, &mut blanked);
+        if dice.chance(1, 5) {
+            action = timed(dice, action);
+        }
         steps.push(Step { at_us, action });
         if dice.chance(1, 4) {
             let kind = kinds[dice.index(kinds.len())];
@@ -90,6 +93,14 @@ fn faults(setup: &Setup, dice: &mut Dice, steps: &mut Vec<Step>) {
             steps.push(Step { at_us: at_us + dice.within(1, 800_000), action });
         }
     }
+}
+
+/// Trouble that hits a change under way: random times seldom do (PROTOCOL.md §9).
+fn timed(dice: &mut Dice, action: Action) -> Action {
+    let Action::Fault(fault) = action else { return action };
+    let step = LeaderStep::ALL[dice.index(LeaderStep::ALL.len())];
+    let later_us = [0, dice.within(0, 3_000), dice.within(0, 200_000)][dice.index(3)];
+    Action::Fault(Fault::When { step, later_us, fault: Box::new(fault) })
 }
 
 fn down(dice: &mut Dice) -> u64 {
