@@ -16,6 +16,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// Silences within this time of each other count together, milliseconds.
 pub(super) const TOGETHER_MS: u64 = 10_000;
+/// A server has opened its devices within this time, milliseconds.
+const OPENED_MS: u64 = 5_000;
 /// A driver's report counts for so long, milliseconds.
 const REPORT_MS: u64 = 10_000;
 
@@ -75,6 +77,11 @@ impl ServerState {
 
     pub(super) fn is_alive(&self) -> bool {
         self.health == ServerHealth::Alive
+    }
+
+    /// Whether it has answered for long enough to have opened all devices that it has: then what is not there is lost.
+    pub(super) fn has_opened(&self, now: Millis) -> bool {
+        self.alive_since.is_some_and(|at| now.since(at) >= OPENED_MS) && !self.boots.is_empty()
     }
 
     /// How far the work of a copy is, if its last sign of life says so.

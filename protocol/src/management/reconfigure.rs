@@ -6,7 +6,7 @@
 
 use super::condition::EventReason;
 use super::goal::Start;
-use super::heartbeat::{Hint, too_many};
+use super::heartbeat::{Hint, ServerState, too_many};
 use super::object::{Proposal, Purpose, RetiredCopy, Status, WriteKind};
 use super::plan::{Answer, First, Goal, Hold, Next, first_map, given_up, next_map};
 use super::serve::{AGAIN_MS, retire};
@@ -352,7 +352,8 @@ impl Volume {
             // Nothing of the volume is there any more.
             Some(ControlReply::NoCopy { .. }) => {
                 let here = self.object.status.map.iter().flat_map(VolumeMap::members).filter(|m| m.server == server);
-                self.lost.extend(here.map(|m| m.copy));
+                let opened = world.servers.of(server).is_some_and(|s| s.has_opened(world.now));
+                self.lost.extend(here.filter(|_| opened).map(|m| m.copy));
                 self.gone(world, server, true);
             }
             Some(ControlReply::DeviceClosed) => self.gone(world, server, false),
@@ -372,8 +373,9 @@ impl Volume {
         let map = self.object.status.map.as_ref();
         let Some(change) = self.change.as_mut() else { return };
         let lost = |m: &&Member| {
-            let closed = world.servers.of(server).is_none_or(|s| s.hint(m) == Hint::Closed);
-            m.server == server && !closed && promised.copies.iter().all(|report| report.copy != m.copy)
+            let opened = |s: &ServerState| s.has_opened(world.now) && s.hint(m) != Hint::Closed;
+            let here = m.server == server && world.servers.of(server).is_some_and(opened);
+            here && promised.copies.iter().all(|report| report.copy != m.copy)
         };
         self.lost.extend(map.iter().flat_map(|m| m.members()).filter(lost).map(|m| m.copy));
         let first = !change.answers.values().any(|answer| matches!(answer, Answer::Promised(_)));

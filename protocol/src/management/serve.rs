@@ -16,8 +16,6 @@ use std::collections::BTreeSet;
 
 /// A call that failed, or was not answered, is repeated after this long, milliseconds.
 pub(super) const AGAIN_MS: u64 = 1_000;
-/// A server has opened its devices within this time, milliseconds.
-const OPENED_MS: u64 = 5_000;
 
 /// How far a server is with the committed map.
 #[derive(Clone, Copy, Debug)]
@@ -110,7 +108,7 @@ impl Volume {
     /// server has just come up and may not have opened all its devices.
     fn nothing_there(&mut self, world: &World<'_>, server: ServerId) {
         let Some(state) = world.servers.of(server) else { return };
-        let up = state.alive_since.is_some_and(|at| world.now.since(at) >= OPENED_MS);
+        let up = state.has_opened(world.now);
         let map = self.object.status.map.iter();
         for m in map.flat_map(|map| map.members()).filter(|m| m.server == server) {
             if m.state != MemberState::Failed {
