@@ -111,7 +111,7 @@ impl Superblock {
             formatted_bytes: r.u64()?,
         };
         let slab_fits = u64::from(r.u32()?) == SLAB_BYTES;
-        let whole = |bytes: u64| bytes >= 1 << 20 && bytes <= 1 << 40 && bytes.is_multiple_of(1 << 20);
+        let whole = |bytes: u64| (1 << 20..=1 << 40).contains(&bytes) && bytes.is_multiple_of(1 << 20);
         let sane = slab_fits && whole(found.catalog_bytes) && whole(found.journal_bytes);
         // A later version may mean anything by its sizes; the caller refuses it by its version.
         (sane || found.version != FORMAT_VERSION).then_some(found).ok_or(Garbled)

@@ -26,8 +26,9 @@ impl Core {
     pub(super) fn commit(&mut self, op: OpId, records: Vec<Record>) -> Option<MediumOp> {
         let bytes: usize = records.iter().map(record_bytes).sum();
         assert!(bytes <= self.bounds.commit, "a commit of {bytes} bytes, at most {}", self.bounds.commit);
-        let ready = records.iter().fold(true, |ready, record| self.is_ready(record) && ready);
-        if !ready {
+        // All of them, so that what each waits for is under way at once.
+        let waiting = records.iter().filter(|record| !self.is_ready(record)).count();
+        if waiting > 0 {
             return Some(MediumOp::Commit(records));
         }
         if !self.has_room_for(&records) {
