@@ -103,6 +103,9 @@ impl StorageServer {
             self.forget_handle(id);
         }
         self.opens.retain(|open| open.conn != conn);
+        for known in self.volumes.values_mut() {
+            known.ahead.remove(&conn);
+        }
         self.finish_opens();
     }
 
@@ -116,7 +119,12 @@ impl StorageServer {
     pub(super) fn open(&mut self, conn: ConnId, header: RequestHeader, body: &RequestBody) {
         let RequestBody::Open { volume, opener, incarnation, number, .. } = *body else { unreachable!("dispatched") };
         match self.may_open(volume, opener, incarnation, number, header.generation) {
-            Err(refusal) => self.answer(conn, &header, BootId::NONE, refusal, Bytes::new()),
+            Err(refusal) => {
+                if let (ReplyBody::Behind { .. }, Some(known)) = (&refusal, self.volumes.get_mut(&volume)) {
+                    known.ahead.insert(conn);
+                }
+                self.answer(conn, &header, BootId::NONE, refusal, Bytes::new());
+            }
             Ok(()) if self.handles.len() >= MAX_HANDLES => {
                 self.answer(conn, &header, BootId::NONE, ReplyBody::Unsupported, Bytes::new());
             }
@@ -348,7 +356,9 @@ impl StorageServer {
         let Some(map) = self.volumes.get(&volume).and_then(|v| v.map.clone()) else { return };
         let opening: BTreeSet<_> = self.opens.iter().filter_map(|o| o.handle).collect();
         let live = self.handles.iter().filter(|(id, h)| h.volume == volume && !h.dead && !opening.contains(id));
-        let to: Vec<_> = live.flat_map(|(id, h)| h.conns.iter().map(|conn| (*conn, *id))).collect();
+        let mut to: Vec<_> = live.flat_map(|(id, h)| h.conns.iter().map(|conn| (*conn, *id))).collect();
+        let ahead = std::mem::take(&mut self.known(volume).ahead);
+        to.extend(ahead.into_iter().filter(|conn| self.conns.contains_key(conn)).map(|conn| (conn, HandleId(0))));
         for (conn, handle) in to {
             let header =
                 RequestHeader { request: RequestId(0), handle, class: Class::Foreground, ..Default::default() };

@@ -119,6 +119,34 @@ fn a_failing_device_with_a_write_under_way_is_no_panic() {
 }
 
 #[test]
+fn an_open_that_was_ahead_gets_the_map_as_soon_as_it_is_stored() {
+    let mut net = Net::started(1);
+    assert_eq!(net.try_open(0, 2, Incarnation(1), OpenNumber(1)), ReplyBody::Behind { own: Generation(1) });
+    net.serve(net.map_with_boots(2, |_| {}));
+    assert_eq!(net.pushed, [Generation(2)]);
+}
+
+#[test]
+fn a_fence_that_meets_a_failing_device_is_answered_and_the_next_one_too() {
+    let mut net = Net::started(1);
+    net.servers[0].medium.hold = true;
+    let call = net.control_later(0, ControlRequest::Fence(Fence {
+        volume: VOLUME,
+        generation: Generation(2),
+        flush: true,
+        unsync: vec![],
+    }));
+    net.run();
+    net.fail_device(0);
+    net.run();
+    assert_eq!(net.answers[&call], ControlReply::DeviceClosed, "R3: nothing about it can be promised");
+    net.servers[0].medium.hold = false;
+    net.restart_device(0);
+    let promised = net.fence(0, 3, vec![]);
+    assert_eq!(promised.generation, Generation(3));
+}
+
+#[test]
 fn a_lower_handle_is_dead_once_a_higher_one_is_open() {
     let mut net = Net::started(1);
     let old = net.open(0, 1, 1);

@@ -3,6 +3,7 @@
 //! Promise, map, incarnations and `handled` are kept on every device with a copy of the volume; the highest counts
 //! (PROTOCOL.md, Identity). I2: neither promise nor stored generation ever goes down here.
 
+use super::contract::ConnId;
 use super::Line;
 use super::medium::{CopyRecord, LayerRecord};
 use super::pending::Pending;
@@ -45,6 +46,8 @@ pub(super) struct Volume {
     pub(super) clearing: bool,
     /// A request was ahead of this server: what was asked for.
     pub(super) behind: Option<Generation>,
+    /// Connections whose `Open` was ahead of this server: they get the next map that is stored, as open sessions do.
+    pub(super) ahead: BTreeSet<ConnId>,
 }
 
 /// What is known of a session.

@@ -134,6 +134,8 @@ pub(super) struct Net {
     pub(super) answers: BTreeMap<CallId, ControlReply>,
     pub(super) closed: Vec<Violation>,
     pub(super) stale: Vec<StaleSeen>,
+    /// Generations of maps pushed to clients.
+    pub(super) pushed: Vec<Generation>,
     /// Frames of peers are not delivered while this is set.
     pub(super) cut: bool,
     work: VecDeque<(usize, Input)>,
@@ -204,6 +206,7 @@ impl Net {
             answers: BTreeMap::new(),
             closed: Vec::new(),
             stale: Vec::new(),
+            pushed: Vec::new(),
             cut: false,
             work: VecDeque::new(),
             peers: BTreeMap::new(),
@@ -307,7 +310,10 @@ impl Net {
             // The answer to Hello is the runtime's matter.
             Output::Reply { frame, .. } if matches!(frame.body, ReplyBody::Hello { .. }) => {}
             Output::Reply { conn, frame } => match self.peers.get(&conn) {
-                None if matches!(frame.body, ReplyBody::Map { .. }) => {}
+                None if matches!(frame.body, ReplyBody::Map { .. }) => {
+                    let ReplyBody::Map { map } = frame.body else { return };
+                    self.pushed.push(map.generation);
+                }
                 None => self.replies.push(frame),
                 Some(&(to, peer)) if !self.cut => self.work.push_back((to, Input::PeerFrame { peer, frame })),
                 Some(_) => {}
@@ -453,6 +459,15 @@ impl Net {
         self.run();
         let boot = self.servers[n].boot;
         self.input(n, Input::Device { boot, event: MediumEvent::Failed });
+    }
+}
+
+impl Net {
+    /// The same process opens its device anew.
+    pub(super) fn restart_device(&mut self, n: usize) {
+        self.servers[n].boot = BootId(self.servers[n].boot.0 + 1000);
+        self.servers[n].medium.held.clear();
+        self.open_device(n);
     }
 }
 
