@@ -1,0 +1,201 @@
+//! One server: a stream that is made again whenever it breaks, and the calls on it.
+//!
+//! Invariants: calls go out in the order in which they were given; each is answered exactly once, by its reply or by
+//! `Unreachable`, also when the stream breaks, the queue is full or the server takes nothing; nothing waits for a server
+//! that is not there longer than one try to connect.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use lamina_control_api::storage::{Caller, Connected, Expected, ServerIdentity, ServerWord, Words, connect};
+use lamina_protocol::control::ControlRequest;
+use lamina_protocol::ids::{ClusterId, ServerId};
+use lamina_protocol::management::{CallId, Input};
+use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
+
+/// Calls that may wait for one server; a full queue makes it unreachable.
+const QUEUE: usize = 1024;
+/// Between two tries to connect, at first.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+/// And at most: a heartbeat's time, so that a server that is back is seen at once.
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// Where a server is and who is expected there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Target {
+    pub(super) name: String,
+    pub(super) cluster: ClusterId,
+    /// None = whoever is there.
+    pub(super) server: ServerId,
+    pub(super) addresses: Vec<String>,
+}
+
+/// What connections tell the runtime.
+#[derive(Debug)]
+pub(super) enum Word {
+    Said(Input),
+    Met { name: String, identity: Box<ServerIdentity> },
+}
+
+/// A running connection; ends when dropped.
+#[derive(Debug)]
+pub(super) struct Connection {
+    pub(super) target: Target,
+    calls: mpsc::Sender<(CallId, ControlRequest)>,
+    task: AbortHandle,
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Connection {
+    pub(super) fn start(target: Target, words: mpsc::Sender<Word>) -> Self {
+        let (calls, taken) = mpsc::channel(QUEUE);
+        let line = Line { target: target.clone(), words, failure: String::new() };
+        let task = tokio::spawn(line.run(taken)).abort_handle();
+        Self { target, calls, task }
+    }
+
+    /// Hands a call in; `false` = unreachable.
+    pub(super) fn call(&self, call: CallId, request: ControlRequest) -> bool {
+        self.calls.try_send((call, request)).is_ok()
+    }
+}
+
+type Calls = mpsc::Receiver<(CallId, ControlRequest)>;
+
+struct Line {
+    target: Target,
+    words: mpsc::Sender<Word>,
+    /// Of the last try, so that it is logged once.
+    failure: String,
+}
+
+/// The runtime, or this connection's owner, is gone.
+struct Over;
+
+impl Line {
+    async fn run(mut self, mut calls: Calls) {
+        let mut pause = FIRST_PAUSE;
+        loop {
+            if let Some(connected) = self.dial().await {
+                pause = FIRST_PAUSE;
+                if self.talk(connected, &mut calls).await.is_err() {
+                    return;
+                }
+                tracing::info!(server = self.target.name, "the control stream is over");
+            }
+            if self.refuse_for(pause, &mut calls).await.is_err() {
+                return;
+            }
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    async fn dial(&mut self) -> Option<Connected> {
+        let expected = Expected { cluster: self.target.cluster, server: self.target.server };
+        for address in &self.target.addresses {
+            match connect(address, expected).await {
+                Ok(connected) => {
+                    tracing::info!(server = self.target.name, address, "the control stream is open");
+                    self.failure.clear();
+                    return Some(connected);
+                }
+                Err(why) => {
+                    let why = why.to_string();
+                    if why != self.failure {
+                        tracing::warn!(server = self.target.name, address, why, "no control stream");
+                        self.failure = why;
+                    }
+                }
+            }
+        }
+        None
+    }
+
+    async fn talk(&self, connected: Connected, calls: &mut Calls) -> Result<(), Over> {
+        let Connected { server, caller, mut words } = connected;
+        let id = server.server;
+        let name = self.target.name.clone();
+        self.tell(Word::Met { name, identity: Box::new(server) }).await?;
+        if id.is_none() {
+            return Ok(());
+        }
+        let mut open = BTreeSet::new();
+        let result = self.converse(id, &caller, &mut words, calls, &mut open).await;
+        for call in open {
+            self.tell(Word::Said(Input::Unreachable { server: id, call })).await?;
+        }
+        result
+    }
+
+    async fn converse(
+        &self,
+        id: ServerId,
+        caller: &Caller,
+        words: &mut Words,
+        calls: &mut Calls,
+        open: &mut BTreeSet<CallId>,
+    ) -> Result<(), Over> {
+        loop {
+            tokio::select! {
+                call = calls.recv() => {
+                    let Some((call, request)) = call else { return Err(Over) };
+                    open.insert(call);
+                    if caller.call(lamina_protocol::storage_server::CallId(call.0), &request).is_err() {
+                        return Ok(());
+                    }
+                }
+                word = words.next() => {
+                    let said = match word {
+                        None => return Ok(()),
+                        Some(Err(why)) => {
+                            tracing::error!(server = self.target.name, %why, "the server does not make sense");
+                            return Ok(());
+                        }
+                        Some(Ok(word)) => input(id, word, open),
+                    };
+                    if let Some(input) = said {
+                        self.tell(Word::Said(input)).await?;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Answers every call that waits or comes within the pause.
+    async fn refuse_for(&self, pause: Duration, calls: &mut Calls) -> Result<(), Over> {
+        let end = tokio::time::sleep(pause);
+        tokio::pin!(end);
+        loop {
+            tokio::select! {
+                biased;
+                call = calls.recv() => {
+                    let Some((call, _)) = call else { return Err(Over) };
+                    self.tell(Word::Said(Input::Unreachable { server: self.target.server, call })).await?;
+                }
+                () = &mut end => return Ok(()),
+            }
+        }
+    }
+
+    async fn tell(&self, word: Word) -> Result<(), Over> {
+        self.words.send(word).await.map_err(|_| Over)
+    }
+}
+
+/// What a server's word means to the leader; an answer to no open call means nothing.
+fn input(server: ServerId, word: ServerWord, open: &mut BTreeSet<CallId>) -> Option<Input> {
+    match word {
+        ServerWord::Answer { call, reply } => {
+            let call = CallId(call.0);
+            open.remove(&call).then_some(Input::Reply { server, call, reply })
+        }
+        ServerWord::AskMap { volume, at_least } => Some(Input::MapWanted { server, volume, at_least }),
+        ServerWord::StaleSeen(seen) => Some(Input::Stale { server, seen }),
+    }
+}

@@ -1,0 +1,173 @@
+//! `serve`: wiring of the store, the leader and the listeners.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clap::Args;
+use lamina_operator::directory::Directory;
+use lamina_operator::directory::files::Files;
+use lamina_operator::front::Front;
+use lamina_operator::metrics::Metrics;
+use lamina_operator::runtime::{self, Ended, FailPoint, Options};
+use lamina_operator::{admin, kubernetes, mint};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::service::Routes;
+use tracing_subscriber::EnvFilter;
+
+/// Between two counts of the Lease's number over a directory.
+const COUNT_EVERY: Duration = Duration::from_secs(10);
+/// How a process says that it died at its fail point.
+const DIED: u8 = 86;
+
+#[derive(Args)]
+#[command(after_help = "Examples:
+  lamina-operator serve --directory /var/lib/lamina/operator
+  lamina-operator serve --kubernetes --csi-endpoint=/csi/csi.sock --listen=0.0.0.0:4710 --metrics=0.0.0.0:4790
+Traffic is not yet encrypted or authenticated: listen where only Lamina's programs can reach.")]
+pub(crate) struct Arguments {
+    /// Keep objects in this folder, without Kubernetes. It is made if it is not there.
+    #[arg(long, value_name = "DIR", required_unless_present = "kubernetes", conflicts_with = "kubernetes")]
+    directory: Option<PathBuf>,
+    /// Keep objects in Kubernetes (in a pod, or as KUBECONFIG says). Several replicas elect one leader.
+    #[arg(long)]
+    kubernetes: bool,
+    /// Where drivers and people ask, host:port. Port 0 = any, printed.
+    #[arg(long, default_value = "127.0.0.1:4710")]
+    listen: SocketAddr,
+    /// Where metrics and health are read over HTTP, host:port.
+    #[arg(long)]
+    metrics: Option<SocketAddr>,
+    /// Socket of the CSI controller service. Only with --kubernetes.
+    #[arg(long, requires = "kubernetes", value_name = "PATH")]
+    csi_endpoint: Option<PathBuf>,
+    /// Name of this replica.
+    #[arg(long, env = "POD_NAME", default_value = "lamina-operator")]
+    pod_name: String,
+    /// Namespace of the Lease and of the ConfigMap lamina-cluster.
+    #[arg(long, env = "POD_NAMESPACE", default_value = "lamina-system")]
+    pod_namespace: String,
+    /// Address under which others reach this replica.
+    #[arg(long, env = "POD_IP", default_value = "127.0.0.1")]
+    pod_ip: std::net::IpAddr,
+    /// What is logged, such as info or lamina_operator=debug.
+    #[arg(long, env = "LAMINA_LOG", default_value = "info")]
+    log: String,
+    /// For tests: end this process at once (status 86) when it leaves this step of a change, such as Committed or Fenced:2.
+    #[arg(long, env = "LAMINA_DIE_AT", hide = true)]
+    die_at: Option<FailPoint>,
+}
+
+struct Wired {
+    front: Front,
+    metrics: Metrics,
+    stop: watch::Receiver<bool>,
+    die_at: Option<FailPoint>,
+}
+
+pub(crate) async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
+    let filter = EnvFilter::try_new(&arguments.log).with_context(|| format!("--log {}", arguments.log))?;
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let (stopping, stop) = watch::channel(false);
+    tokio::spawn(async move {
+        signalled().await;
+        tracing::info!("stops");
+        let _ = stopping.send(true);
+    });
+    let wired = Wired { front: Front::default(), metrics: Metrics::default(), stop, die_at: arguments.die_at };
+    if let Some(address) = arguments.metrics {
+        let listener = TcpListener::bind(address).await.with_context(|| format!("--metrics {address}"))?;
+        tokio::spawn(axum::serve(listener, wired.metrics.router()).into_future());
+    }
+    let listener =
+        TcpListener::bind(arguments.listen).await.with_context(|| format!("--listen {}", arguments.listen))?;
+    let ended = match &arguments.directory {
+        Some(path) => over_directory(path, listener, wired).await?,
+        None => over_kubernetes(&arguments, listener, wired).await?,
+    };
+    Ok(match ended {
+        Ended::Stopped => ExitCode::SUCCESS,
+        Ended::Died(step) => {
+            eprintln!("lamina-operator: died at {step:?}, as it was told");
+            ExitCode::from(DIED)
+        }
+    })
+}
+
+async fn signalled() {
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())
+        .expect("the signal handler can be set at the start of the program");
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = tokio::signal::ctrl_c() => {}
+    }
+}
+
+fn options(wired: &Wired, cluster: lamina_protocol::ids::ClusterId) -> Options {
+    Options {
+        cluster,
+        mint,
+        die_at: wired.die_at,
+        metrics: wired.metrics.clone(),
+        front: wired.front.clone(),
+        stop: wired.stop.clone(),
+    }
+}
+
+async fn over_directory(path: &Path, listener: TcpListener, wired: Wired) -> anyhow::Result<Ended> {
+    let files = Files::new(path.to_owned());
+    let Some(_serving) = files.serve()? else { bail!("another operator serves {}", path.display()) };
+    let cluster = files.cluster(mint)?;
+    let (directory, changes) = Directory::open(path).await?;
+    let address = listener.local_addr()?;
+    println!("lamina-operator listens on {address}, cluster {cluster}");
+    tracing::info!(%address, %cluster, directory = %path.display(), "serves");
+    wired.metrics.leading.set(1);
+    let services = Routes::new(lamina_control_api::leader::Service::new(wired.front.clone()))
+        .add_service(admin::Service::new(directory.clone(), mint));
+    tokio::spawn(serve(listener, services, wired.stop.clone()));
+    tokio::spawn(count_lease(directory.clone()));
+    Ok(runtime::run(options(&wired, cluster), Arc::new(directory), changes).await)
+}
+
+async fn count_lease(directory: Directory) {
+    let mut every = tokio::time::interval(COUNT_EVERY);
+    every.tick().await;
+    loop {
+        every.tick().await;
+        if let Err(why) = directory.count_lease_up(0).await {
+            tracing::error!(%why, "the Lease's number could not be counted up");
+        }
+    }
+}
+
+async fn serve(listener: TcpListener, services: Routes, mut stop: watch::Receiver<bool>) {
+    let router = tonic::transport::Server::builder()
+        .http2_keepalive_interval(Some(Duration::from_secs(10)))
+        .add_routes(services);
+    let incoming = TcpListenerStream::new(listener);
+    let served = router.serve_with_incoming_shutdown(incoming, async move { runtime::stopped(&mut stop).await });
+    if let Err(why) = served.await {
+        tracing::error!(%why, "the listener is gone");
+    }
+}
+
+async fn over_kubernetes(arguments: &Arguments, listener: TcpListener, wired: Wired) -> anyhow::Result<Ended> {
+    let client = kube::Client::try_default().await.context("no API server: neither a pod's token nor KUBECONFIG")?;
+    let replica = kubernetes::Replica {
+        name: arguments.pod_name.clone(),
+        namespace: arguments.pod_namespace.clone(),
+        address: SocketAddr::new(arguments.pod_ip, listener.local_addr()?.port()).to_string(),
+    };
+    let services = Routes::new(lamina_control_api::leader::Service::new(wired.front.clone()));
+    tokio::spawn(serve(listener, services, wired.stop.clone()));
+    if let Some(path) = &arguments.csi_endpoint {
+        tokio::spawn(kubernetes::serve_csi(client.clone(), path.clone(), wired.metrics.clone(), wired.stop.clone()));
+    }
+    Ok(kubernetes::run(client, replica, |cluster, stop| Options { stop, ..options(&wired, cluster) }).await?)
+}

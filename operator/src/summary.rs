@@ -1,0 +1,400 @@
+//! What people see of volumes and servers, made from what the leader knows: pure.
+//!
+//! Nothing decides by these but a waiting CSI call, which takes an attachment's phase; that phase follows from the
+//! committed map alone (PROTOCOL.md §2, Sessions).
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::jiff::Timestamp;
+use lamina_crds::Id;
+use lamina_crds::condition::{self as api, set_condition};
+use lamina_crds::storage_server::{self as server_api, CopyCount, ServerState, ServerSummary};
+use lamina_crds::volume::progress::{CopyProgress, CopyWork, VolumeSummary};
+use lamina_crds::volume::{Attachment, AttachmentPhase, VolumeState, VolumeStatus};
+use lamina_protocol::control::CopyProgress as Progress;
+use lamina_protocol::ids::{CopyId, ServerId, VolumeId};
+use lamina_protocol::management::{
+    Condition, ConditionKind, Orphan, Reason, ServerHealth, ServerView, SessionState, VetoReason, VolumeObject,
+};
+use lamina_protocol::map::{AccessMode, MemberState, Standing, VolumeMap};
+
+use crate::translate;
+
+/// What is written of a volume for people.
+#[derive(Clone, Debug, PartialEq)]
+pub struct VolumeDescription {
+    /// In one word.
+    pub state: VolumeState,
+    /// Each session, by its wish, and those that are on their way out.
+    pub attachments: Vec<Attachment>,
+    /// Copies with work under way.
+    pub progress: Vec<CopyProgress>,
+    /// In short.
+    pub summary: VolumeSummary,
+    /// As the leader has them.
+    pub conditions: Vec<Condition>,
+    /// A map is committed: the shape of the policy is to be copied, if it is not yet.
+    pub placed: bool,
+}
+
+impl VolumeDescription {
+    /// Puts it into a status. `observed` is the `metadata.generation` that was acted on.
+    pub fn write(&self, status: &mut VolumeStatus, observed: Option<i64>) {
+        status.state = Some(self.state);
+        status.attachments.clone_from(&self.attachments);
+        status.progress.clone_from(&self.progress);
+        status.summary = Some(self.summary.clone());
+        status.observed_generation = observed;
+        for condition in &self.conditions {
+            set_condition(&mut status.conditions, shown_condition(condition, observed));
+        }
+    }
+}
+
+/// A condition as the API shows it, changed now.
+fn shown_condition(condition: &Condition, observed: Option<i64>) -> api::Condition {
+    api::Condition {
+        kind: translate::condition_type(condition.kind),
+        status: api::ConditionStatus::from(condition.holds),
+        reason: translate::condition_reason(condition),
+        message: cut(condition.text.clone(), 4096),
+        last_transition_time: Time(Timestamp::now()),
+        observed_generation: observed,
+    }
+}
+
+/// What is written of a server for people.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ServerDescription {
+    /// In one word.
+    pub state: ServerState,
+    /// Bytes of its open devices, as its heartbeats say.
+    pub capacity_bytes: u64,
+    /// Bytes promised to copies.
+    pub provisioned_bytes: u64,
+    /// Copies of committed maps.
+    pub copies: CopyCount,
+    /// Copies that no object names, 256 at most.
+    pub orphans: Vec<server_api::Orphan>,
+    /// Why copies cannot be taken away, 64 at most.
+    pub vetoes: Vec<server_api::Veto>,
+    /// In short; without devices and space, which the server itself knows.
+    pub summary: ServerSummary,
+}
+
+/// Names of what the core knows by ids.
+pub trait Names {
+    /// Of a server; its id if it has no object.
+    fn server(&self, id: ServerId) -> String;
+    /// Of a volume; its id if it has no object.
+    fn volume(&self, id: VolumeId) -> String;
+}
+
+/// Longest text of a summary's field in the API.
+fn cut(text: String, most: usize) -> String {
+    if text.chars().count() <= most { text } else { text.chars().take(most - 1).chain(['…']).collect() }
+}
+
+fn some(text: String, most: usize) -> Option<String> {
+    (!text.is_empty()).then(|| cut(text, most))
+}
+
+/// What people see of a volume. `rates`: bytes per second of copies being filled.
+pub fn of_volume(
+    object: &VolumeObject,
+    conditions: &[Condition],
+    progress: &[Progress],
+    rates: &BTreeMap<CopyId, u64>,
+    names: &dyn Names,
+) -> VolumeDescription {
+    let map = object.status.map.as_ref();
+    let progress: Vec<_> = map.map_or_else(Vec::new, |map| {
+        progress.iter().filter_map(|p| copy_progress(map, p, rates.get(&p.copy).copied(), names)).collect()
+    });
+    VolumeDescription {
+        state: state(object, conditions),
+        attachments: attachments(object, conditions),
+        summary: summary(object, conditions, &progress, names),
+        progress,
+        conditions: conditions.to_vec(),
+        placed: map.is_some(),
+    }
+}
+
+fn find(conditions: &[Condition], kind: ConditionKind) -> Option<&Condition> {
+    conditions.iter().find(|c| c.kind == kind)
+}
+
+fn holds(conditions: &[Condition], kind: ConditionKind) -> bool {
+    find(conditions, kind).is_some_and(|c| c.holds)
+}
+
+fn state(object: &VolumeObject, conditions: &[Condition]) -> VolumeState {
+    if object.wishes.deleted {
+        VolumeState::Deleting
+    } else if holds(conditions, ConditionKind::Diverged) {
+        VolumeState::Diverged
+    } else if object.status.map.is_none() {
+        VolumeState::Pending
+    } else if !holds(conditions, ConditionKind::Available) {
+        VolumeState::Unavailable
+    } else if holds(conditions, ConditionKind::Healthy) {
+        VolumeState::Healthy
+    } else {
+        VolumeState::Degraded
+    }
+}
+
+/// The condition that a person should read first.
+fn trouble(conditions: &[Condition]) -> Option<&Condition> {
+    use ConditionKind::{Available, Deleting, Diverged, Healthy, Placed, Settled};
+    let bad = |c: &&Condition| match c.kind {
+        Diverged | Deleting => c.holds,
+        Placed => !c.holds || c.reason != Reason::AsWished,
+        Available | Healthy | Settled => !c.holds,
+    };
+    [Diverged, Deleting, Placed, Available, Healthy, Settled]
+        .iter()
+        .find_map(|kind| conditions.iter().filter(bad).find(|c| c.kind == *kind))
+}
+
+fn attachments(object: &VolumeObject, conditions: &[Condition]) -> Vec<Attachment> {
+    let generation = i64::try_from(object.status.generation.0).ok();
+    let why = || trouble(conditions).map(|c| cut(c.text.clone(), 1024));
+    let wished = object.wishes.sessions.iter().map(|wish| {
+        let (phase, message) = match object.status.session(wish.id) {
+            SessionState::Admitted => (AttachmentPhase::Attached, None),
+            SessionState::Held => (AttachmentPhase::Held, Some("waits until copies are made equal".to_owned())),
+            SessionState::Out => (AttachmentPhase::Waiting, why()),
+            SessionState::Ended => {
+                let text = "writes of other nodes were lost: detach and attach again".to_owned();
+                (AttachmentPhase::Ended, Some(text))
+            }
+        };
+        Attachment { session: Id::of(wish.id.0), node: wish.node.clone(), phase, generation, message }
+    });
+    let sessions = object.status.map.iter().flat_map(|map| &map.sessions);
+    let leaving = sessions.filter(|s| object.wishes.sessions.iter().all(|wish| wish.id != s.id));
+    let leaving = leaving.map(|session| Attachment {
+        session: Id::of(session.id.0),
+        node: session.node.clone(),
+        phase: AttachmentPhase::Detaching,
+        generation,
+        message: why(),
+    });
+    wished.chain(leaving).collect()
+}
+
+fn copy_progress(map: &VolumeMap, p: &Progress, rate: Option<u64>, names: &dyn Names) -> Option<CopyProgress> {
+    let (_, _, member) = map.place_of(p.copy)?;
+    let shown = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+    let filling = member.state == MemberState::Syncing || p.to_settle == 0;
+    let left = if filling { p.unsynced } else { p.to_settle };
+    let total = p.pages.max(left);
+    let percent = if left == 0 || total == 0 { 100 } else { (100 * (total - left) / total).min(99) };
+    let page_bytes = u64::from(map.top().page_bytes);
+    let eta = rate.filter(|rate| *rate > 0).map(|rate| left.saturating_mul(page_bytes) / rate);
+    Some(CopyProgress {
+        copy: Id::of(p.copy.0),
+        server: names.server(member.server),
+        work: if filling { CopyWork::Filling } else { CopyWork::Settling },
+        pages_left: shown(left),
+        pages_total: shown(total),
+        percent: percent as i32,
+        bytes_per_second: rate.map(shown),
+        eta_seconds: eta.map(shown),
+    })
+}
+
+fn summary(
+    object: &VolumeObject,
+    conditions: &[Condition],
+    progress: &[CopyProgress],
+    names: &dyn Names,
+) -> VolumeSummary {
+    let map = object.status.map.as_ref();
+    let message = trouble(conditions).map(|c| c.text.clone()).unwrap_or_default();
+    let Some(map) = map else {
+        let doing = if object.wishes.deleted { "being deleted" } else { "waits to be placed" };
+        return VolumeSummary {
+            doing: Some(doing.to_owned()),
+            message: some(message, 1024),
+            ..VolumeSummary::default()
+        };
+    };
+    let wanted = object.wishes.policy.map_or(0, |p| usize::from(p.copies) * usize::from(p.groups));
+    let active = map.members().filter(|m| m.state == MemberState::Active).count();
+    let (left, total) = progress.iter().fold((0, 0), |sum, p| (sum.0 + p.pages_left, sum.1 + p.pages_total));
+    let filled = (total > 0).then(|| format!("{}%", (100 * (total - left) / total).clamp(0, 99)));
+    VolumeSummary {
+        copies: Some(format!("{active}/{}", wanted.max(active))),
+        attached: some(attached(map), 512),
+        doing: some(doing(object, map, conditions), 128),
+        filled,
+        located: some(located(map, names), 2048),
+        filling: some(progress.iter().map(filling).collect::<Vec<_>>().join(", "), 1024),
+        message: some(message, 1024),
+    }
+}
+
+fn attached(map: &VolumeMap) -> String {
+    let one = |s: &lamina_protocol::map::Session| {
+        let read_only = if s.mode == AccessMode::ReadOnly { " (ro)" } else { "" };
+        format!("{}{read_only}", s.node)
+    };
+    map.sessions.iter().map(one).collect::<Vec<_>>().join(",")
+}
+
+fn doing(object: &VolumeObject, map: &VolumeMap, conditions: &[Condition]) -> String {
+    let count = |state| map.members().filter(|m| m.state == state).count();
+    let plural = |n: usize, what: &str| if n == 1 { format!("1 {what}") } else { format!("{n} copies") };
+    let (syncing, failed) = (count(MemberState::Syncing), count(MemberState::Failed));
+    if object.wishes.deleted {
+        "being deleted".to_owned()
+    } else if map.settling() {
+        "makes copies equal".to_owned()
+    } else if !holds(conditions, ConditionKind::Available) {
+        "waits for its copies".to_owned()
+    } else if syncing > 0 {
+        format!("fills {}", plural(syncing, "copy"))
+    } else if failed > 0 {
+        format!("goes on without {}", plural(failed, "copy"))
+    } else if map.sessions.iter().any(|s| s.standing == Standing::Held) {
+        "holds sessions".to_owned()
+    } else if map.sessions.is_empty() {
+        "idle".to_owned()
+    } else {
+        "serving".to_owned()
+    }
+}
+
+fn located(map: &VolumeMap, names: &dyn Names) -> String {
+    let member = |m: &lamina_protocol::map::Member| {
+        let mark = match m.state {
+            MemberState::Active => "",
+            MemberState::Syncing => "~",
+            MemberState::Failed => "!",
+        };
+        format!("{}{mark}", names.server(m.server))
+    };
+    let group = |g: &lamina_protocol::map::Group| g.members.iter().map(member).collect::<Vec<_>>().join(",");
+    map.groups().map(|(_, _, g)| group(g)).collect::<Vec<_>>().join(" ")
+}
+
+fn filling(p: &CopyProgress) -> String {
+    let rate = p.bytes_per_second.map(|b| format!(" {}/s", size(b.unsigned_abs()))).unwrap_or_default();
+    let eta = p.eta_seconds.map(|s| format!(" {}", duration(s.unsigned_abs()))).unwrap_or_default();
+    format!("{} {}%{rate}{eta}", p.server, p.percent)
+}
+
+/// Bytes with a binary unit and at most one decimal.
+#[must_use]
+pub fn size(bytes: u64) -> String {
+    const UNITS: [&str; 7] = ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"];
+    let unit = (bytes.max(1).ilog2() / 10) as usize;
+    let scaled = bytes as f64 / (1_u64 << (10 * unit)) as f64;
+    if unit == 0 || scaled >= 100.0 || scaled.fract() == 0.0 {
+        format!("{scaled:.0}{}", UNITS[unit])
+    } else {
+        format!("{scaled:.1}{}", UNITS[unit])
+    }
+}
+
+fn duration(seconds: u64) -> String {
+    match seconds {
+        0..60 => format!("{seconds}s"),
+        60..3600 => format!("{}m{:02}s", seconds / 60, seconds % 60),
+        _ => format!("{}h{:02}m", seconds / 3600, seconds % 3600 / 60),
+    }
+}
+
+/// What people see of a server. `filling`: (volume, percent) of each copy being filled there; `drain` as wished.
+pub fn of_server(
+    view: &ServerView,
+    orphans: &[Orphan],
+    filling: &[(VolumeId, i32)],
+    drain: bool,
+    names: &dyn Names,
+) -> ServerDescription {
+    let state = server_state(view, drain);
+    let filling_text = filling.iter().map(|(v, percent)| format!("{} {percent}%", names.volume(*v)));
+    let filling_text = filling_text.collect::<Vec<_>>().join(", ");
+    let doing = match state {
+        ServerState::Ready if filling.is_empty() => "serving".to_owned(),
+        ServerState::Ready => format!("fills {} copies", filling.len()),
+        other => format!("{other:?}").to_lowercase(),
+    };
+    ServerDescription {
+        state,
+        capacity_bytes: view.capacity_bytes,
+        provisioned_bytes: view.provisioned_bytes,
+        copies: CopyCount { serving: view.copies.0.into(), total: view.copies.1.into() },
+        orphans: orphans.iter().take(256).map(orphan).collect(),
+        vetoes: view.vetoes.iter().take(64).map(|veto| shown_veto(veto, names)).collect(),
+        summary: ServerSummary {
+            copies: Some(format!("{}/{}", view.copies.0, view.copies.1)),
+            doing: some(doing, 128),
+            filling: some(filling_text, 512),
+            message: server_message(view, orphans),
+            ..ServerSummary::default()
+        },
+    }
+}
+
+fn server_state(view: &ServerView, drain: bool) -> ServerState {
+    match view.health {
+        ServerHealth::Unknown => ServerState::Unknown,
+        ServerHealth::Suspected => ServerState::Suspected,
+        ServerHealth::Failed => ServerState::Failed,
+        ServerHealth::Foreign => ServerState::Foreign,
+        ServerHealth::Alive if view.leaving => ServerState::Leaving,
+        ServerHealth::Alive if drain && view.copies.1 == 0 => ServerState::Drained,
+        ServerHealth::Alive if drain => ServerState::Draining,
+        ServerHealth::Alive if view.capacity_bytes == 0 => ServerState::NoDevice,
+        ServerHealth::Alive => ServerState::Ready,
+    }
+}
+
+fn server_message(view: &ServerView, orphans: &[Orphan]) -> Option<String> {
+    match view.health {
+        ServerHealth::Failed => Some("does not answer; its copies are left out".to_owned()),
+        ServerHealth::Suspected => Some("silent together with many others".to_owned()),
+        ServerHealth::Foreign => Some("another server or another Lamina answers at its address".to_owned()),
+        _ if !view.vetoes.is_empty() => Some(format!("{} copies cannot leave: see status.vetoes", view.vetoes.len())),
+        _ if !orphans.is_empty() => Some(format!("{} copies that no Volume names: see status.orphans", orphans.len())),
+        _ => None,
+    }
+}
+
+fn orphan(orphan: &Orphan) -> server_api::Orphan {
+    server_api::Orphan {
+        copy: Id::of(orphan.copy.0),
+        volume: Id::of(orphan.volume.0),
+        stored: i64::try_from(orphan.stored.0).unwrap_or(i64::MAX),
+        volume_known: orphan.volume_known,
+    }
+}
+
+fn shown_veto(veto: &lamina_protocol::management::Veto, names: &dyn Names) -> server_api::Veto {
+    server_api::Veto {
+        copy: Id::of(veto.copy.0),
+        volume: names.volume(veto.volume),
+        reason: match veto.reason {
+            VetoReason::LastActiveCopy => server_api::VetoReason::LastActiveCopy,
+            VetoReason::NoRoomElsewhere => server_api::VetoReason::NoRoomElsewhere,
+            VetoReason::BeingMoved => server_api::VetoReason::BeingMoved,
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_and_durations_are_short() {
+        assert_eq!([0, 1023, 1024, 1536, 118 << 20, 4 << 40].map(size), ["0", "1023", "1Ki", "1.5Ki", "118Mi", "4Ti"]);
+        assert_eq!([5, 190, 7200].map(duration), ["5s", "3m10s", "2h00m"]);
+    }
+}

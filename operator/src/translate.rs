@@ -1,0 +1,158 @@
+//! From API objects to what the leader is handed: wishes, policies, servers. Maps are in `lamina_crds::translate`.
+//!
+//! Invariant: the shape copied into a volume wins over its policy, so a policy made anew under the same name changes no
+//! volume.
+
+use kube::ResourceExt;
+use lamina_crds::replication_policy::{Locality, ReplicationPolicy, TopologySpread};
+use lamina_crds::translate::{self as maps, Unreadable};
+use lamina_crds::volume::{AccessMode, AttachmentWish, Shape, Volume};
+use lamina_crds::{Id, Size, StorageServer};
+use lamina_protocol::ids::{CopyId, Generation, ServerId, SessionId, VolumeId};
+use lamina_protocol::management::{
+    Condition, ConditionKind, Policy, ServerObject, SessionWish, Status, VolumeObject, Wishes, ZoneSpread,
+};
+
+use crate::store::KnownServer;
+
+/// What rules a volume whose policy is gone, beside its shape: as the policy's defaults.
+const DEFAULT_REBUILD_AFTER_MS: u64 = 600_000;
+
+/// A volume's object for the leader. `None` = no id was minted yet.
+///
+/// # Errors
+/// [`Unreadable`]: the object is to be left alone.
+pub fn volume_object(
+    volume: &Volume,
+    policy: Option<&ReplicationPolicy>,
+    near_zone: &str,
+    id_is_new: bool,
+) -> Result<Option<VolumeObject>, Unreadable> {
+    let Some(status) = &volume.status else { return Ok(None) };
+    let Some(id) = maps::volume_id(status)? else { return Ok(None) };
+    let status: Status = maps::protocol_status(status)?;
+    let wishes = wishes(volume, policy, near_zone)?;
+    Ok(Some(VolumeObject { id, name: volume.name_any(), id_is_new, wishes, status }))
+}
+
+fn wishes(volume: &Volume, policy: Option<&ReplicationPolicy>, near_zone: &str) -> Result<Wishes, Unreadable> {
+    let spec = &volume.spec;
+    let near = spec.near.as_ref();
+    Ok(Wishes {
+        size: bytes(&spec.size, "spec.size")?,
+        policy: policy_of(volume.status.as_ref().and_then(|s| s.shape.as_ref()), policy)?,
+        multi_session: spec.access_mode != AccessMode::ReadWriteOnce,
+        sessions: spec.attachments.iter().map(session_wish).collect::<Result<_, _>>()?,
+        near_node: near.and_then(|near| near.node.clone()).unwrap_or_default(),
+        near_zone: near.and_then(|near| near.zone.clone()).unwrap_or_else(|| near_zone.to_owned()),
+        deleted: volume.metadata.deletion_timestamp.is_some(),
+        let_go: spec.forget.iter().map(|copy| id(CopyId, copy, "spec.forget")).collect::<Result<_, _>>()?,
+        adopt: spec.adopt_generation.map(|g| number(g, "spec.adoptGeneration").map(Generation)).transpose()?,
+    })
+}
+
+fn session_wish(wish: &AttachmentWish) -> Result<SessionWish, Unreadable> {
+    Ok(SessionWish {
+        id: id(SessionId, &wish.session, "spec.attachments.session")?,
+        node: wish.node.clone(),
+        mode: maps::attach_wish_mode(wish.mode),
+    })
+}
+
+fn policy_of(shape: Option<&Shape>, policy: Option<&ReplicationPolicy>) -> Result<Option<Policy>, Unreadable> {
+    let shape = match (shape, policy) {
+        (Some(shape), _) => *shape,
+        (None, Some(policy)) => shape_of(policy)?,
+        (None, None) => return Ok(None),
+    };
+    let spec = policy.map(|policy| &policy.spec);
+    let rebuild_after_ms =
+        spec.map(|s| number::<u64>(s.rebuild_after_seconds, "spec.rebuildAfterSeconds")).transpose()?;
+    Ok(Some(Policy {
+        copies: number(shape.copies.into(), "copies")?,
+        groups: number(shape.stripe_width.into(), "stripeWidth")?,
+        chunk_bytes: number(shape.chunk_bytes.into(), "chunkBytes")?,
+        page_bytes: number(shape.page_bytes.into(), "pageBytes")?,
+        zones: match shape.topology_spread {
+            TopologySpread::PreferZones => ZoneSpread::Prefer,
+            TopologySpread::RequireZones => ZoneSpread::Require,
+        },
+        locality: spec.is_none_or(|s| s.locality == Locality::PreferLocal),
+        overcommit_percent: spec.map_or(Ok(100), |s| number(s.overcommit_percent.into(), "overcommitPercent"))?,
+        rebuild_after_ms: rebuild_after_ms.map_or(DEFAULT_REBUILD_AFTER_MS, |s| s.saturating_mul(1000)),
+    }))
+}
+
+/// The shape that a volume takes over from its policy.
+///
+/// # Errors
+/// [`Unreadable::Size`] or [`Unreadable::Number`]: the policy is as good as none.
+pub fn shape_of(policy: &ReplicationPolicy) -> Result<Shape, Unreadable> {
+    let spec = &policy.spec;
+    let narrow = |size: &Size, field| {
+        bytes(size, field).and_then(|b| {
+            i32::try_from(b).map_err(|_| Unreadable::Number { field, value: i64::try_from(b).unwrap_or(i64::MAX) })
+        })
+    };
+    Ok(Shape {
+        copies: spec.copies,
+        stripe_width: spec.stripe_width,
+        chunk_bytes: narrow(&spec.chunk, "spec.chunk")?,
+        page_bytes: narrow(&spec.page_size, "spec.pageSize")?,
+        topology_spread: spec.topology_spread,
+    })
+}
+
+/// A server's object. `node_zone` is the zone of its Node, used where the object names none.
+///
+/// # Errors
+/// [`Unreadable::Id`]: the object is to be left alone.
+pub fn known_server(server: &StorageServer, node_zone: &str) -> Result<KnownServer, Unreadable> {
+    let name = server.name_any();
+    let status = server.status.as_ref();
+    let addresses = status.and_then(|s| s.addresses.as_ref());
+    let zone = server.spec.zone.clone().filter(|zone| !zone.is_empty());
+    let server_id = status.and_then(|s| s.server_id.as_ref());
+    Ok(KnownServer {
+        control: addresses.map(|a| a.control.clone()).unwrap_or_default(),
+        object: ServerObject {
+            id: server_id.map_or(Ok(ServerId::NONE), |text| id(ServerId, text, "status.serverId"))?,
+            addresses: addresses.map(|a| a.data.clone()).unwrap_or_default(),
+            zone: zone.unwrap_or_else(|| node_zone.to_owned()),
+            node: name.clone(),
+            schedulable: server.spec.schedulable,
+            drain: server.spec.drain,
+        },
+        name,
+    })
+}
+
+/// A condition's type, as Kubernetes spells it.
+#[must_use]
+pub fn condition_type(kind: ConditionKind) -> String {
+    format!("{kind:?}")
+}
+
+/// A condition's reason, as Kubernetes spells it.
+#[must_use]
+pub fn condition_reason(condition: &Condition) -> String {
+    format!("{:?}", condition.reason)
+}
+
+/// The id that an object carries, if it reads as one.
+#[must_use]
+pub fn id_of(volume: &Volume) -> Option<VolumeId> {
+    volume.status.as_ref()?.volume_id.as_ref()?.value().map(VolumeId)
+}
+
+fn id<T>(make: fn(u128) -> T, text: &Id, field: &'static str) -> Result<T, Unreadable> {
+    text.value().map(make).ok_or(Unreadable::Id { field })
+}
+
+fn number<T: TryFrom<i64>>(value: i64, field: &'static str) -> Result<T, Unreadable> {
+    T::try_from(value).map_err(|_| Unreadable::Number { field, value })
+}
+
+fn bytes(size: &Size, field: &'static str) -> Result<u64, Unreadable> {
+    size.bytes().map_err(|_| Unreadable::Size { field })
+}
