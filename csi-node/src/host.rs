@@ -53,7 +53,7 @@ pub enum HostError {
 }
 
 impl HostError {
-    fn at<E: Into<io::Error>>(step: &'static str, path: &Path) -> impl FnOnce(E) -> Self {
+    pub(crate) fn at<E: Into<io::Error>>(step: &'static str, path: &Path) -> impl FnOnce(E) -> Self {
         let path = path.to_owned();
         move |source| Self::System { step, path, source: source.into() }
     }

@@ -36,9 +36,11 @@ impl Node {
                 }
             };
             self.lock().insert(volume, Entry { record: record.clone(), open: None });
+            let place = calls.enter(volume).expect("no call runs yet, and there are fewer volumes than places");
             if record.standing == Standing::Attached {
-                let place = calls.enter(volume).expect("no call runs yet, and there are fewer volumes than places");
                 recoveries.spawn(self.clone().take_over_at_last(volume, record, place));
+            } else {
+                recoveries.spawn(self.clone().forget_if_over(volume, record, place));
             }
         }
         Ok(recoveries)
@@ -53,6 +55,22 @@ impl Node {
                 Err(error) => tracing::warn!(%volume, %error, "device not taken over yet"),
             }
             tokio::time::sleep(AGAIN).await;
+        }
+    }
+
+    /// The record of a session that no map lists any more says nothing that matters.
+    async fn forget_if_over(self: Arc<Self>, volume: VolumeHandle, record: Record, _place: Entered) {
+        let over = match self.parts.objects.find(volume).await {
+            Ok(None) => true,
+            Ok(Some(seen)) => seen.map.is_some_and(|map| map.sessions.iter().all(|s| s.id.0 != record.session())),
+            Err(_) => false,
+        };
+        if over {
+            let records = self.parts.records.clone();
+            if let Err(error) = blocking(move || records.remove(volume)).await {
+                return tracing::warn!(%volume, %error, "the record of a session that is over stays");
+            }
+            self.lock().remove(&volume);
         }
     }
 

@@ -1,1 +1,293 @@
+//! The volumes of a node with a machine, objects and drivers that are made up.
 
+#![allow(clippy::unwrap_used)]
+
+use super::*;
+use crate::record::{Kind, Standing};
+use lamina_crds::volume::FilesystemState;
+use lamina_csi_api::in_flight::InFlight;
+use lamina_protocol::wire::Start;
+use std::path::{Path, PathBuf};
+use tonic::{Code, Status};
+use world::{VOLUME, World, handle};
+
+#[path = "tests/world.rs"]
+mod world;
+
+fn stage_wish(session: u128, kind: Kind) -> StageWish {
+    let path = "/staging".into();
+    StageWish { volume: handle(), session, generation: 3, path, kind, flags: vec!["noatime".into()] }
+}
+
+fn publish_wish(session: u128, kind: Kind, target: &str) -> PublishWish {
+    let staged = stage_wish(session, kind);
+    PublishWish { staged, target: target.into(), read_only: false, alone: false }
+}
+
+fn code(error: NodeError) -> Code {
+    Status::from(error).code()
+}
+
+#[tokio::test]
+async fn every_step_repeated_changes_nothing() {
+    for kind in [Kind::Ext4, Kind::Xfs, Kind::Block] {
+        let world = World::new(3, &[1]);
+        let node = world.node();
+        let stage = stage_wish(1, kind);
+        let publish = publish_wish(1, kind, "/pods/a");
+        node.stage(&stage).await.unwrap();
+        let after = world.done();
+        node.stage(&stage).await.unwrap();
+        assert_eq!(world.done(), after, "{kind:?}: staged twice");
+        node.publish(&publish).await.unwrap();
+        let after = world.done();
+        node.publish(&publish).await.unwrap();
+        node.stage(&stage).await.unwrap();
+        assert_eq!(world.done(), after, "{kind:?}: published twice");
+        for _ in 0..2 {
+            node.unpublish(handle(), Path::new("/pods/a")).await.unwrap();
+        }
+        for _ in 0..2 {
+            node.unstage(handle()).await.unwrap();
+        }
+        assert_eq!(world.mounts(), [""; 0], "{kind:?}");
+        assert!(!world.attached(), "{kind:?}");
+        assert_eq!(world.opened(), [(1, Start::Fresh)], "{kind:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_session_that_was_left_cleanly_is_resumed_and_never_begun_anew() {
+    let world = World::new(3, &[1]);
+    let node = world.node();
+    node.stage(&stage_wish(1, Kind::Ext4)).await.unwrap();
+    node.unstage(handle()).await.unwrap();
+    assert!(world.flushes() >= 2, "everything is durable and confirmed before the driver ends");
+    // Also by another process.
+    let node = world.node();
+    drop(Box::pin(node.recover(&InFlight::new(8))).await.unwrap());
+    node.stage(&stage_wish(1, Kind::Ext4)).await.unwrap();
+    assert_eq!(world.opened(), [(1, Start::Fresh), (1, Start::Resume)]);
+    assert_eq!(world.replays(), 1, "nothing was unanswered, and the driver is told so");
+}
+
+#[tokio::test]
+async fn a_session_whose_device_was_lost_is_never_used_again() {
+    let world = World::new(3, &[1]);
+    world.node().stage(&stage_wish(1, Kind::Ext4)).await.unwrap();
+    world.reboot();
+    let node = world.node();
+    let mut recoveries = Box::pin(node.recover(&InFlight::new(8))).await.unwrap();
+    while recoveries.join_next().await.is_some() {}
+    let error = node.stage(&stage_wish(1, Kind::Ext4)).await.unwrap_err();
+    assert!(matches!(error, NodeError::SessionUsed), "{error}");
+    let error = node.publish(&publish_wish(1, Kind::Ext4, "/pods/a")).await.unwrap_err();
+    assert_eq!(code(error), Code::FailedPrecondition);
+    assert_eq!(world.opened(), [(1, Start::Fresh)]);
+    // The kubelet takes it away and attaches anew.
+    node.unstage(handle()).await.unwrap();
+    world.admit(4, &[2]);
+    node.stage(&StageWish { generation: 4, ..stage_wish(2, Kind::Ext4) }).await.unwrap();
+    assert_eq!(world.opened(), [(1, Start::Fresh), (2, Start::Fresh)]);
+}
+
+#[tokio::test]
+async fn a_session_that_the_map_knows_as_used_is_not_begun_anew_without_its_record() {
+    let world = World::new(3, &[1]);
+    world.incarnation(2);
+    let error = world.node().stage(&stage_wish(1, Kind::Block)).await.unwrap_err();
+    assert!(matches!(error, NodeError::SessionUsed), "{error}");
+    assert!(world.opened().is_empty());
+}
+
+#[tokio::test]
+async fn a_successor_takes_over_a_held_device_driver_first() {
+    let world = World::new(3, &[1]);
+    world.node().stage(&stage_wish(1, Kind::Ext4)).await.unwrap();
+    world.node_dies();
+    let node = world.node();
+    let calls = InFlight::new(8);
+    let mut recoveries = Box::pin(node.recover(&calls)).await.unwrap();
+    assert!(calls.enter(handle()).is_err(), "no call touches the volume meanwhile");
+    while recoveries.join_next().await.is_some() {}
+    assert!(calls.enter(handle()).is_ok());
+    assert_eq!(world.opened(), [(1, Start::Fresh), (1, Start::Resume)]);
+    let done = world.done();
+    let order: Vec<_> = done.iter().filter(|step| step.contains("esume")).map(String::as_str).collect();
+    assert_eq!(order, ["open Resume", "resume"], "the members refuse the older incarnation before the device is taken");
+    assert_eq!(world.replays(), 1);
+    node.stage(&stage_wish(1, Kind::Ext4)).await.unwrap();
+    assert_eq!(world.done(), done, "it is staged already");
+}
+
+#[tokio::test]
+async fn a_new_session_cuts_off_what_an_earlier_one_left() {
+    let world = World::new(3, &[1]);
+    let node = world.node();
+    node.publish(&publish_wish(1, Kind::Ext4, "/pods/a")).await.unwrap_err();
+    node.stage(&stage_wish(1, Kind::Ext4)).await.unwrap();
+    node.publish(&publish_wish(1, Kind::Ext4, "/pods/a")).await.unwrap();
+    world.admit(5, &[2]);
+    node.stage(&StageWish { generation: 5, ..stage_wish(2, Kind::Ext4) }).await.unwrap();
+    assert_eq!(world.mounts(), ["/staging"], "the old consumer's mount is gone");
+    assert!(world.done().contains(&"force_detach".to_owned()));
+    assert_eq!(world.opened(), [(1, Start::Fresh), (2, Start::Fresh)]);
+}
+
+#[tokio::test]
+async fn an_ended_session_frees_its_users_and_is_refused() {
+    let world = World::new(3, &[1]);
+    let node = world.node();
+    node.stage(&stage_wish(1, Kind::Ext4)).await.unwrap();
+    world.end_session();
+    world.until(|world| world.done().contains(&"force_detach".to_owned())).await;
+    let error = node.stage(&stage_wish(1, Kind::Ext4)).await.unwrap_err();
+    assert!(matches!(error, NodeError::Ended), "{error}");
+    let (_, _, health) = node.stats(handle(), Path::new("/staging")).await.unwrap();
+    assert!(health.abnormal, "{}", health.message);
+    node.unstage(handle()).await.unwrap();
+    assert_eq!(world.mounts(), [""; 0]);
+}
+
+#[tokio::test]
+async fn no_driver_is_opened_before_a_map_lists_the_session() {
+    let world = World::new(2, &[]);
+    let node = world.node();
+    assert_eq!(code(node.stage(&stage_wish(1, Kind::Block)).await.unwrap_err()), Code::Unavailable);
+    world.admit(3, &[9]);
+    assert_eq!(code(node.stage(&stage_wish(1, Kind::Block)).await.unwrap_err()), Code::FailedPrecondition);
+    assert!(world.opened().is_empty());
+    world.admit(4, &[9, 1]);
+    node.stage(&stage_wish(1, Kind::Block)).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_volume_that_nobody_knows_is_not_found_and_taking_it_away_is_done() {
+    let world = World::new(3, &[1]);
+    let node = world.node();
+    let other = VolumeHandle::new(VOLUME + 1);
+    let wish = StageWish { volume: other, ..stage_wish(1, Kind::Ext4) };
+    assert_eq!(code(node.stage(&wish).await.unwrap_err()), Code::NotFound);
+    world.foreign_mount("/pods/a");
+    node.unpublish(other, Path::new("/pods/a")).await.unwrap();
+    node.unstage(other).await.unwrap();
+    assert_eq!(world.mounts(), ["/pods/a"], "another's mount stays");
+    assert_eq!(code(node.stats(other, Path::new("/staging")).await.unwrap_err()), Code::NotFound);
+    assert_eq!(code(node.expand(other, Path::new("/staging"), 0).await.unwrap_err()), Code::NotFound);
+}
+
+#[tokio::test]
+async fn a_foreign_mount_at_the_staging_path_is_not_taken_for_the_volume() {
+    let world = World::new(3, &[1]);
+    world.foreign_mount("/staging");
+    let error = world.node().stage(&stage_wish(1, Kind::Ext4)).await.unwrap_err();
+    assert_eq!(code(error), Code::AlreadyExists);
+    assert_eq!(world.mounts(), ["/staging"]);
+}
+
+#[tokio::test]
+async fn a_lone_workload_gets_no_second_place() {
+    let world = World::new(3, &[1]);
+    let node = world.node();
+    node.stage(&stage_wish(1, Kind::Ext4)).await.unwrap();
+    let alone = |target| PublishWish { alone: true, ..publish_wish(1, Kind::Ext4, target) };
+    node.publish(&alone("/pods/a")).await.unwrap();
+    let before = world.done();
+    assert_eq!(code(node.publish(&alone("/pods/b")).await.unwrap_err()), Code::FailedPrecondition);
+    assert_eq!(world.done(), before, "nothing was made");
+    node.publish(&alone("/pods/a")).await.unwrap();
+    let other = PublishWish { read_only: true, ..alone("/pods/a") };
+    assert_eq!(code(node.publish(&other).await.unwrap_err()), Code::AlreadyExists);
+}
+
+#[tokio::test]
+async fn a_published_volume_is_not_unstaged() {
+    let world = World::new(3, &[1]);
+    let node = world.node();
+    node.stage(&stage_wish(1, Kind::Block)).await.unwrap();
+    node.publish(&publish_wish(1, Kind::Block, "/pods/a")).await.unwrap();
+    assert_eq!(code(node.unstage(handle()).await.unwrap_err()), Code::FailedPrecondition);
+    assert!(world.attached());
+}
+
+#[tokio::test]
+async fn a_filesystem_is_made_once_and_only_on_what_was_never_written() {
+    use FilesystemState::{Formatted, Formatting};
+    // noted, on the device, blank; formatted?, or the refusal
+    type Case = (Option<(&'static str, FilesystemState)>, Option<&'static str>, bool, Result<bool, Code>);
+    let refused = Err(Code::FailedPrecondition);
+    let cases: [Case; 10] = [
+        (None, None, true, Ok(true)),
+        (None, None, false, refused),
+        (None, Some("ext4"), false, Ok(false)),
+        (None, Some("xfs"), false, refused),
+        (None, Some("LVM2_member"), false, refused),
+        (Some(("ext4", Formatting)), None, false, Ok(true)),
+        (Some(("ext4", Formatting)), Some("ext4"), false, Ok(true)),
+        (Some(("ext4", Formatted)), Some("ext4"), false, Ok(false)),
+        (Some(("ext4", Formatted)), None, true, refused),
+        (Some(("xfs", Formatted)), Some("xfs"), false, refused),
+    ];
+    for (noted, signature, blank, expected) in cases {
+        let world = World::new(3, &[1]);
+        world.filesystem(noted, signature, blank);
+        let staged = world.node().stage(&stage_wish(1, Kind::Ext4)).await;
+        let formatted = world.done().contains(&"format ext4".to_owned());
+        let result = staged.map(|()| formatted).map_err(code);
+        assert_eq!(result, expected, "{noted:?} {signature:?} {blank}");
+        if expected.is_ok() {
+            assert_eq!(world.noted(), Some(("ext4".to_owned(), Formatted)));
+            assert_eq!(world.mounts(), ["/staging"]);
+        } else {
+            assert!(!formatted, "{noted:?} {signature:?} {blank}");
+            assert_eq!(world.mounts(), [""; 0]);
+        }
+    }
+}
+
+#[tokio::test]
+async fn formatting_is_noted_before_and_its_end_before_the_first_mount() {
+    let world = World::new(3, &[1]);
+    world.node().stage(&stage_wish(1, Kind::Xfs)).await.unwrap();
+    let steps = ["note Formatting", "format xfs", "note Formatted", "mount xfs"];
+    let done = world.done();
+    let order: Vec<_> = steps.iter().map(|step| done.iter().position(|done| done == step).unwrap()).collect();
+    assert!(order.is_sorted(), "{done:?}");
+}
+
+#[tokio::test]
+async fn a_raw_use_ends_the_right_to_format_again() {
+    let world = World::new(3, &[1]);
+    world.filesystem(Some(("ext4", FilesystemState::Formatting)), None, false);
+    world.node().stage(&stage_wish(1, Kind::Block)).await.unwrap();
+    assert_eq!(world.noted(), None);
+}
+
+#[tokio::test]
+async fn growth_waits_for_the_volume_then_device_and_filesystem_follow() {
+    let world = World::new(3, &[1]);
+    let node = world.node();
+    node.stage(&stage_wish(1, Kind::Xfs)).await.unwrap();
+    let at = PathBuf::from("/staging");
+    let error = node.expand(handle(), &at, 128 << 20).await.unwrap_err();
+    assert_eq!(code(error), Code::Unavailable);
+    world.grow(128 << 20);
+    assert_eq!(node.expand(handle(), &at, 128 << 20).await.unwrap(), 128 << 20);
+    assert!(world.done().ends_with(&["grow device".to_owned(), "grow xfs".to_owned()]));
+    assert_eq!(code(node.expand(handle(), Path::new("/else"), 0).await.unwrap_err()), Code::NotFound);
+}
+
+#[tokio::test]
+async fn a_step_that_fails_is_gone_on_from_by_the_next_call() {
+    for step in ["attach", "format ext4", "mount ext4", "note Formatted"] {
+        let world = World::new(3, &[1]);
+        let node = world.node();
+        world.fail_once(step);
+        node.stage(&stage_wish(1, Kind::Ext4)).await.expect_err(step);
+        node.stage(&stage_wish(1, Kind::Ext4)).await.expect(step);
+        assert_eq!(world.mounts(), ["/staging"], "{step}");
+        node.unstage(handle()).await.unwrap();
+        assert!(!world.attached(), "{step}");
+        assert_eq!(world.record().unwrap().standing, Standing::Closed, "{step}");
+    }
+}

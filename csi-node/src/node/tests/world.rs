@@ -1,0 +1,417 @@
+//! A made-up machine, made-up `Volume` objects and drivers over memory. What is done to them is written down in order.
+
+use crate::device::mounts::Mount;
+use crate::device::{Device, DeviceError, DeviceKind, DeviceSpec};
+use crate::host::{Host, HostError, Usage};
+use crate::node::{Node, Parts, Patience};
+use crate::objects::{Followed, ObjectError, Seen, VolumeObjects};
+use crate::opener::{OpenVolume, Opener, Wish};
+use crate::record::{Record, Records};
+use lamina_client::block::{BlockRequest, BlockTarget};
+use lamina_client::ram::RamVolume;
+use lamina_client::runtime::{Metrics, OpenError, Status};
+use lamina_crds::id::Id;
+use lamina_crds::volume::{Filesystem as Noted, FilesystemState};
+use lamina_csi_api::capability::Filesystem;
+use lamina_csi_api::name::VolumeHandle;
+use lamina_protocol::ids::{Generation, Incarnation, SessionId, VolumeId};
+use lamina_protocol::map::{AccessMode, MAP_FORMAT, Session, Standing, VolumeMap};
+use lamina_protocol::wire::Start;
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+use tokio::sync::watch;
+
+pub(super) const VOLUME: u128 = 7;
+const DEVICE: &str = "/dev/made-up";
+
+pub(super) fn handle() -> VolumeHandle {
+    VolumeHandle::new(VOLUME)
+}
+
+#[derive(Default)]
+struct State {
+    done: Vec<String>,
+    mounts: BTreeMap<PathBuf, String>,
+    attached: bool,
+    held: bool,
+    opened: Vec<(u128, Start)>,
+    replays: usize,
+    signature: Option<String>,
+    blank: bool,
+    noted: Option<Noted>,
+    fail_once: Option<String>,
+}
+
+/// Everything; clones share it.
+#[derive(Clone)]
+pub(super) struct World {
+    state: Arc<Mutex<State>>,
+    ram: Arc<RamVolume>,
+    maps: watch::Sender<Option<VolumeMap>>,
+    status: watch::Sender<Status>,
+    directory: Arc<tempfile::TempDir>,
+}
+
+impl World {
+    /// A blank volume with a map of this generation that admits these sessions.
+    pub(super) fn new(generation: u64, sessions: &[u128]) -> Self {
+        let world = Self {
+            state: Arc::default(),
+            ram: Arc::new(RamVolume::new(64 << 20)),
+            maps: watch::channel(None).0,
+            status: watch::channel(Status { size: 64 << 20, serving: true, ..Status::default() }).0,
+            directory: Arc::new(tempfile::tempdir().unwrap()),
+        };
+        world.lock().blank = true;
+        world.admit(generation, sessions);
+        world
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    fn records(&self) -> Records {
+        Records::open(self.directory.path()).unwrap()
+    }
+
+    /// A process.
+    pub(super) fn node(&self) -> Arc<Node> {
+        let short = Duration::from_millis(50);
+        Node::new(Parts {
+            objects: Arc::new(self.clone()),
+            opener: Arc::new(self.clone()),
+            host: Arc::new(self.clone()),
+            records: self.records(),
+            exit: Arc::new(|| panic!("nobody supersedes this process")),
+            patience: Patience { map: short, serving: short, growth: short },
+        })
+    }
+
+    pub(super) fn admit(&self, generation: u64, sessions: &[u128]) {
+        let sessions = sessions.iter().map(|id| Session {
+            id: SessionId(*id),
+            node: "n1".into(),
+            mode: AccessMode::ReadWrite,
+            incarnation: Incarnation(0),
+            handled: Generation(generation),
+            standing: Standing::Admitted,
+        });
+        self.maps.send_replace(Some(VolumeMap {
+            volume: VolumeId(VOLUME),
+            generation: Generation(generation),
+            format: MAP_FORMAT,
+            required_features: 0,
+            size: 64 << 20,
+            multi_session: false,
+            servers: Vec::new(),
+            placements: Vec::new(),
+            layers: Vec::new(),
+            sessions: sessions.collect(),
+            revoked: Vec::new(),
+        }));
+    }
+
+    pub(super) fn incarnation(&self, incarnation: u64) {
+        self.maps.send_modify(|map| {
+            for session in &mut map.as_mut().unwrap().sessions {
+                session.incarnation = Incarnation(incarnation);
+            }
+        });
+    }
+
+    pub(super) fn done(&self) -> Vec<String> {
+        self.lock().done.clone()
+    }
+
+    pub(super) fn mounts(&self) -> Vec<String> {
+        self.lock().mounts.keys().map(|path| path.display().to_string()).collect()
+    }
+
+    pub(super) fn attached(&self) -> bool {
+        self.lock().attached
+    }
+
+    pub(super) fn opened(&self) -> Vec<(u128, Start)> {
+        self.lock().opened.clone()
+    }
+
+    pub(super) fn replays(&self) -> usize {
+        self.lock().replays
+    }
+
+    pub(super) fn flushes(&self) -> u64 {
+        self.ram.flushes()
+    }
+
+    pub(super) fn record(&self) -> Option<Record> {
+        self.records().read(handle()).unwrap()
+    }
+
+    pub(super) fn noted(&self) -> Option<(String, FilesystemState)> {
+        self.lock().noted.as_ref().map(|noted| (noted.kind.clone(), noted.state))
+    }
+
+    pub(super) fn filesystem(&self, noted: Option<(&str, FilesystemState)>, signature: Option<&str>, blank: bool) {
+        let mut state = self.lock();
+        state.noted = noted.map(|(kind, state)| Noted { kind: kind.into(), state, session: Some(Id::of(99)) });
+        state.signature = signature.map(str::to_owned);
+        state.blank = blank;
+    }
+
+    pub(super) fn foreign_mount(&self, path: &str) {
+        self.lock().mounts.insert(path.into(), "/dev/other".into());
+    }
+
+    /// Mounts and devices are gone, files stay.
+    pub(super) fn reboot(&self) {
+        let mut state = self.lock();
+        state.mounts.clear();
+        (state.attached, state.held) = (false, false);
+    }
+
+    /// The process is killed; the kernel's side stays, with the holder.
+    pub(super) fn node_dies(&self) {
+        self.lock().done.push("killed".into());
+    }
+
+    pub(super) fn end_session(&self) {
+        self.status.send_modify(|status| status.ended = true);
+    }
+
+    pub(super) fn grow(&self, size: u64) {
+        self.ram.grow(size);
+        self.status.send_modify(|status| status.size = size);
+    }
+
+    pub(super) fn fail_once(&self, step: &str) {
+        self.lock().fail_once = Some(step.to_owned());
+    }
+
+    pub(super) async fn until(&self, condition: impl Fn(&Self) -> bool) {
+        let reached = async {
+            while !condition(self) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), reached).await.expect("it comes to that");
+    }
+
+    /// Write a step down, or fail it.
+    fn step(&self, step: &str) -> io::Result<MutexGuard<'_, State>> {
+        let mut state = self.lock();
+        if state.fail_once.as_deref() == Some(step) {
+            state.fail_once = None;
+            return Err(io::Error::other("made to fail"));
+        }
+        state.done.push(step.to_owned());
+        Ok(state)
+    }
+
+    fn host_step(&self, step: &str, path: &Path) -> Result<MutexGuard<'_, State>, HostError> {
+        self.step(step).map_err(HostError::at("do what was asked with", path))
+    }
+
+    fn device_step(&self, step: &'static str) -> Result<MutexGuard<'_, State>, DeviceError> {
+        self.step(step).map_err(|source| DeviceError::Step { step, source })
+    }
+}
+
+impl Host for World {
+    fn attach(&self, _spec: DeviceSpec) -> Result<Box<dyn Device>, DeviceError> {
+        let mut state = self.device_step("attach")?;
+        assert!(!state.attached, "attached twice");
+        (state.attached, state.held) = (true, true);
+        Ok(Box::new(MadeUp(self.clone())))
+    }
+
+    fn held(&self) -> Result<Vec<String>, DeviceError> {
+        Ok(if self.lock().held { vec![handle().to_string()] } else { Vec::new() })
+    }
+
+    fn resume(&self, _spec: DeviceSpec) -> Result<Box<dyn Device>, DeviceError> {
+        assert!(self.device_step("resume")?.held);
+        Ok(Box::new(MadeUp(self.clone())))
+    }
+
+    fn clear(&self, volume: &str, _directory: &Path) -> Result<(), DeviceError> {
+        let mut state = self.lock();
+        if volume == handle().to_string() {
+            (state.attached, state.held) = (false, false);
+        }
+        Ok(())
+    }
+
+    fn mount_at(&self, path: &Path) -> Result<Option<Mount>, HostError> {
+        let state = self.lock();
+        let mount = |source: &String| Mount {
+            point: path.to_owned(),
+            kind: "ext4".into(),
+            source: source.clone(),
+            device: (7, 0),
+        };
+        Ok(state.mounts.get(path).map(mount))
+    }
+
+    fn mount(
+        &self,
+        device: &Path,
+        path: &Path,
+        filesystem: Filesystem,
+        _flags: &[String],
+        _read_only: bool,
+    ) -> Result<(), HostError> {
+        let mut state = self.host_step(&format!("mount {filesystem}"), path)?;
+        assert!(state.attached);
+        assert_eq!(state.mounts.insert(path.to_owned(), device.display().to_string()), None);
+        Ok(())
+    }
+
+    fn bind(&self, source: &Path, target: &Path, _read_only: bool) -> Result<(), HostError> {
+        let mut state = self.host_step("bind", target)?;
+        assert!(source == Path::new(DEVICE) || state.mounts.contains_key(source), "{}", source.display());
+        assert_eq!(state.mounts.insert(target.to_owned(), DEVICE.into()), None);
+        Ok(())
+    }
+
+    fn unmount(&self, path: &Path, _lazily: bool) -> Result<(), HostError> {
+        self.lock().mounts.remove(path);
+        Ok(())
+    }
+
+    fn remove(&self, path: &Path) -> Result<(), HostError> {
+        assert!(!self.lock().mounts.contains_key(path), "removed under a mount");
+        Ok(())
+    }
+
+    fn signature(&self, _device: &Path) -> Result<Option<String>, HostError> {
+        Ok(self.lock().signature.clone())
+    }
+
+    fn looks_blank(&self, _device: &Path) -> Result<bool, HostError> {
+        Ok(self.lock().blank)
+    }
+
+    fn format(&self, device: &Path, filesystem: Filesystem) -> Result<(), HostError> {
+        let mut state = self.host_step(&format!("format {filesystem}"), device)?;
+        state.signature = Some(filesystem.to_string());
+        state.blank = false;
+        Ok(())
+    }
+
+    fn check(&self, device: &Path, filesystem: Filesystem) -> Result<(), HostError> {
+        self.host_step(&format!("check {filesystem}"), device).map(drop)
+    }
+
+    fn grow(&self, device: &Path, _mounted: &Path, filesystem: Filesystem) -> Result<(), HostError> {
+        self.host_step(&format!("grow {filesystem}"), device).map(drop)
+    }
+
+    fn usage(&self, _path: &Path) -> Result<Usage, HostError> {
+        Ok(Usage { bytes: 100, bytes_free: 40, bytes_used: 60, files: 10, files_free: 9 })
+    }
+}
+
+struct MadeUp(World);
+
+impl Device for MadeUp {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Fuse
+    }
+
+    fn path(&self) -> &Path {
+        Path::new(DEVICE)
+    }
+
+    fn grow(&self) -> Result<u64, DeviceError> {
+        drop(self.0.device_step("grow device")?);
+        Ok(self.0.ram.size())
+    }
+
+    fn detach(&self) -> Result<(), DeviceError> {
+        let mut state = self.0.device_step("detach")?;
+        if state.mounts.values().any(|source| source == DEVICE) {
+            return Err(DeviceError::Busy);
+        }
+        (state.attached, state.held) = (false, false);
+        Ok(())
+    }
+
+    fn force_detach(&self) -> Result<(), DeviceError> {
+        let mut state = self.0.device_step("force_detach")?;
+        (state.attached, state.held) = (false, false);
+        Ok(())
+    }
+}
+
+impl Opener for World {
+    fn open(&self, wish: Wish) -> Result<Arc<dyn OpenVolume>, OpenError> {
+        let mut state = self.lock();
+        state.opened.push((wish.session.0, wish.start));
+        state.done.push(format!("open {:?}", wish.start));
+        Ok(Arc::new(Driver { world: self.clone(), metrics: Metrics::default() }))
+    }
+}
+
+struct Driver {
+    world: World,
+    metrics: Metrics,
+}
+
+impl BlockTarget for Driver {
+    fn size(&self) -> u64 {
+        self.world.ram.size()
+    }
+
+    fn read_only(&self) -> bool {
+        false
+    }
+
+    fn submit(&self, request: BlockRequest) {
+        self.world.ram.submit(request);
+    }
+}
+
+impl OpenVolume for Driver {
+    fn status(&self) -> watch::Receiver<Status> {
+        self.world.status.subscribe()
+    }
+
+    fn replayed(&self) {
+        self.world.lock().replays += 1;
+    }
+
+    fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+}
+
+#[tonic::async_trait]
+impl VolumeObjects for World {
+    async fn find(&self, volume: VolumeHandle) -> Result<Option<Seen>, ObjectError> {
+        let seen = Seen { map: self.maps.borrow().clone(), filesystem: self.lock().noted.clone(), ended: Vec::new() };
+        Ok((volume == handle()).then_some(seen))
+    }
+
+    fn follow(&self, _volume: VolumeHandle) -> Followed {
+        Followed { maps: self.maps.subscribe(), task: None }
+    }
+
+    async fn note_filesystem(
+        &self,
+        _volume: VolumeHandle,
+        was: Option<&Noted>,
+        now: Option<&Noted>,
+    ) -> Result<(), ObjectError> {
+        let step = now.map_or("note none".to_owned(), |now| format!("note {:?}", now.state));
+        let Ok(mut state) = self.step(&step) else { return Err(ObjectError::Contended) };
+        if state.noted.as_ref() != was {
+            return Err(ObjectError::Changed);
+        }
+        state.noted = now.cloned();
+        Ok(())
+    }
+}
