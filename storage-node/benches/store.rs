@@ -140,7 +140,8 @@ fn store(path: &Path, atomic4k: bool, ops: u64) -> f64 {
         };
         line(&format!("{mode}: read 4 KiB, depth {depth}"), ops, || bench.keep(ops, depth, read));
     }
-    let mark = |nth: u64| MediumOp::Commit(vec![Record::Pending { page: page(nth % PAGES), set: nth % 2 == 0 }]);
+    let mark =
+        |nth: u64| MediumOp::Commit(vec![Record::Pending { page: page(nth % PAGES), set: nth.is_multiple_of(2) }]);
     line(&format!("{mode}: commit, depth 32"), ops, || bench.keep(ops, 32, mark));
     println!("{:?}", bench.device.stats());
     synced
