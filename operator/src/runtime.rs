@@ -30,6 +30,7 @@ const QUEUE: usize = 4096;
 const NOTICES: usize = 256;
 
 /// How a leader is run.
+#[derive(Clone, Debug)]
 pub struct Options {
     /// The installation.
     pub cluster: ClusterId,

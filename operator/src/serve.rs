@@ -13,6 +13,7 @@ use lamina_operator::directory::files::Files;
 use lamina_operator::front::Front;
 use lamina_operator::metrics::Metrics;
 use lamina_operator::runtime::{self, Ended, FailPoint, Options};
+use lamina_operator::store::StoreError;
 use lamina_operator::{admin, kubernetes, mint};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -167,7 +168,21 @@ async fn over_kubernetes(arguments: &Arguments, listener: TcpListener, wired: Wi
     let services = Routes::new(lamina_control_api::leader::Service::new(wired.front.clone()));
     tokio::spawn(serve(listener, services, wired.stop.clone()));
     if let Some(path) = &arguments.csi_endpoint {
-        tokio::spawn(kubernetes::serve_csi(client.clone(), path.clone(), wired.metrics.clone(), wired.stop.clone()));
+        tokio::spawn(kubernetes::serve_csi(client.clone(), path.clone(), wired.stop.clone()));
     }
-    Ok(kubernetes::run(client, replica, |cluster, stop| Options { stop, ..options(&wired, cluster) }).await?)
+    let cluster = cluster_id(&client, &replica.namespace).await?;
+    tracing::info!(replica = replica.name, address = replica.address, %cluster, "stands by");
+    Ok(kubernetes::run(client, replica, options(&wired, cluster)).await)
+}
+
+/// The cluster id; waits for an API server that does not answer yet.
+async fn cluster_id(client: &kube::Client, namespace: &str) -> anyhow::Result<lamina_protocol::ids::ClusterId> {
+    loop {
+        match kubernetes::cluster_id(client, namespace).await {
+            Ok(cluster) => return Ok(cluster),
+            Err(StoreError::Api(why)) => tracing::warn!(%why, "waits for the API server"),
+            Err(why) => bail!("no cluster id in the ConfigMap lamina-cluster of {namespace}: {why}"),
+        }
+        tokio::time::sleep(Duration::from_secs(2)).await;
+    }
 }

@@ -1,0 +1,249 @@
+//! The [`Store`] over the API server.
+//!
+//! Invariants: what the protocol decides by is written by guarded JSON patches alone ([`commit`](super::commit)); what is
+//! for people is applied under one field manager, so that nobody undoes another's word; no call is made under a lock.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use k8s_openapi::api::core::v1::ObjectReference;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::jiff::Timestamp;
+use kube::api::{Api, Patch, PatchParams};
+use kube::runtime::events::{Event, EventType, Recorder, Reporter};
+use kube::{Client, Resource, ResourceExt};
+use lamina_control_api::storage::ServerIdentity;
+use lamina_crds::condition::{Condition, ConditionStatus, set_condition};
+use lamina_crds::storage_server::{DeviceState, ServerState, StorageServerStatus};
+use lamina_crds::volume::VolumeStatus;
+use lamina_crds::{StorageServer, Volume};
+use lamina_protocol::ids::VolumeId;
+use lamina_protocol::management::{Guard, Status, VolumeObject, Written};
+use serde_json::json;
+use tokio::sync::watch;
+
+use super::{Replica, commit};
+use crate::directory::FINALIZER;
+use crate::index::Index;
+use crate::store::{Notice, Store, StoreError};
+use crate::summary::{ServerDescription, VolumeDescription, size};
+use crate::translate;
+
+/// Field manager of commits.
+const COMMITS: &str = "lamina-leader-commit";
+/// Field manager of what is for people.
+const DESCRIBES: &str = "lamina-leader";
+/// Longest note of an event, bytes.
+const NOTE: usize = 1000;
+
+/// The store.
+pub(super) struct Objects {
+    volumes: Api<Volume>,
+    servers: Api<StorageServer>,
+    index: Arc<Mutex<Index>>,
+    recorder: Recorder,
+    raise: watch::Sender<u64>,
+}
+
+impl Objects {
+    /// With the index that the watch fills.
+    pub(super) fn new(client: Client, replica: &Replica, raise: watch::Sender<u64>) -> (Self, Arc<Mutex<Index>>) {
+        let index = Arc::new(Mutex::new(Index::default()));
+        let reporter = Reporter { controller: "lamina-operator".to_owned(), instance: Some(replica.name.clone()) };
+        let store = Self {
+            volumes: Api::all(client.clone()),
+            servers: Api::all(client.clone()),
+            index: Arc::clone(&index),
+            recorder: Recorder::new(client, reporter),
+            raise,
+        };
+        (store, index)
+    }
+
+    fn index(&self) -> MutexGuard<'_, Index> {
+        self.index.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn cached(&self, id: VolumeId) -> Option<Volume> {
+        self.index().volume_by_id(id).cloned()
+    }
+
+    async fn try_release(&self, id: VolumeId, guard: &Guard) -> Result<Written, kube::Error> {
+        let Some(name) = self.cached(id).map(|v| v.name_any()) else { return Ok(Written::Conflict) };
+        let Some(volume) = self.volumes.get_opt(&name).await? else { return Ok(Written::Done) };
+        let Some(place) = volume.finalizers().iter().position(|f| f == FINALIZER) else { return Ok(Written::Done) };
+        let path = format!("/metadata/finalizers/{place}");
+        let mut operations = commit::tests(id, guard);
+        operations.push(json!({"op": "test", "path": path, "value": FINALIZER}));
+        operations.push(json!({"op": "remove", "path": path}));
+        self.volumes.patch(&name, &manager(), &json_patch(operations.into())).await.map(|_| Written::Done)
+    }
+}
+
+fn manager() -> PatchParams {
+    PatchParams { field_manager: Some(COMMITS.to_owned()), ..PatchParams::default() }
+}
+
+fn json_patch(operations: serde_json::Value) -> Patch<()> {
+    Patch::Json(serde_json::from_value(operations).expect("operations of ours are a patch"))
+}
+
+/// What became of a guarded patch. A test that fails is answered 422 without causes; a schema or CEL rule that refuses
+/// the result names its causes, and trying again at once would change nothing.
+fn outcome(name: &str, result: Result<Written, kube::Error>) -> Written {
+    match result {
+        Ok(written) => written,
+        Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Written::Conflict,
+        Err(kube::Error::Api(status)) if status.code == 422 => {
+            if status.details.as_ref().is_some_and(|details| !details.causes.is_empty()) {
+                tracing::error!(volume = name, why = status.message, "the API server refuses the status");
+                return Written::Unknown;
+            }
+            tracing::debug!(volume = name, why = status.message, "the guard does not hold");
+            Written::Conflict
+        }
+        Err(why) => {
+            tracing::warn!(volume = name, %why, "nobody knows whether the write stands");
+            Written::Unknown
+        }
+    }
+}
+
+fn applied(result: Result<(), kube::Error>) -> Result<(), StoreError> {
+    match result {
+        Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Err(StoreError::Gone),
+        other => other.map_err(StoreError::from),
+    }
+}
+
+#[tonic::async_trait]
+impl Store for Objects {
+    async fn write(&self, volume: VolumeId, guard: &Guard, next: &Status) -> Written {
+        let Some(name) = self.cached(volume).map(|v| v.name_any()) else { return Written::Conflict };
+        let patch = json_patch(commit::operations(volume, guard, next));
+        let written = self.volumes.patch_status(&name, &manager(), &patch).await;
+        outcome(&name, written.map(|_| Written::Done))
+    }
+
+    async fn release(&self, volume: VolumeId, guard: &Guard) -> Written {
+        outcome(&volume.to_string(), self.try_release(volume, guard).await)
+    }
+
+    async fn read(&self, volume: VolumeId) -> Result<Option<VolumeObject>, StoreError> {
+        let Some(name) = self.cached(volume).map(|v| v.name_any()) else { return Ok(None) };
+        let found = self.volumes.get_opt(&name).await?.filter(|found| translate::id_of(found) == Some(volume));
+        Ok(found.and_then(|found| self.index().object(&found)))
+    }
+
+    async fn raise_lease_number(&self, above: u64) {
+        self.raise.send_replace(above);
+    }
+
+    async fn describe_volume(&self, volume: VolumeId, description: &VolumeDescription) -> Result<(), StoreError> {
+        let Some(cached) = self.cached(volume) else { return Err(StoreError::Gone) };
+        let before = cached.status.clone().unwrap_or_default();
+        let shape = {
+            let index = self.index();
+            let policy = index.policy(&cached.spec.policy).filter(|_| description.placed);
+            policy.and_then(|policy| translate::shape_of(policy).ok())
+        };
+        let mut status =
+            VolumeStatus { shape: before.shape.or(shape), conditions: before.conditions, ..VolumeStatus::default() };
+        description.write(&mut status, cached.metadata.generation);
+        let object = json!({
+            "apiVersion": Volume::api_version(&()), "kind": Volume::kind(&()),
+            "metadata": {"name": cached.name_any(), "uid": cached.metadata.uid}, "status": status,
+        });
+        let params = PatchParams::apply(DESCRIBES).force();
+        applied(self.volumes.patch_status(&cached.name_any(), &params, &Patch::Apply(object)).await.map(drop))
+    }
+
+    async fn describe_server(&self, name: &str, description: &ServerDescription) -> Result<(), StoreError> {
+        let cached = self.index().server(name).cloned();
+        let Some(cached) = cached else { return Err(StoreError::Gone) };
+        let object = json!({
+            "apiVersion": StorageServer::api_version(&()), "kind": StorageServer::kind(&()),
+            "metadata": {"name": name, "uid": cached.metadata.uid}, "status": server_status(&cached, description),
+        });
+        let params = PatchParams::apply(DESCRIBES).force();
+        applied(self.servers.patch_status(name, &params, &Patch::Apply(object)).await.map(drop))
+    }
+
+    async fn tell(&self, notice: &Notice) -> Result<(), StoreError> {
+        let (volume, server) = {
+            let index = self.index();
+            let volume = notice.volume.as_deref().and_then(|name| Some(index.volume(name)?.object_ref(&())));
+            let server = notice.server.as_deref().and_then(|name| Some(index.server(name)?.object_ref(&())));
+            (volume, server)
+        };
+        let (Some(about), second) = first_of(volume, server) else { return Ok(()) };
+        let event = Event {
+            type_: if notice.warning { EventType::Warning } else { EventType::Normal },
+            reason: notice.reason.clone(),
+            note: Some(notice.text.chars().take(NOTE).collect()),
+            action: notice.reason.clone(),
+            secondary: second,
+        };
+        Ok(self.recorder.publish(&event, &about).await?)
+    }
+
+    fn meets_servers(&self) -> bool {
+        false
+    }
+
+    async fn server_met(&self, _name: &str, _identity: &ServerIdentity) -> Result<(), StoreError> {
+        Ok(())
+    }
+}
+
+fn first_of(
+    volume: Option<ObjectReference>,
+    server: Option<ObjectReference>,
+) -> (Option<ObjectReference>, Option<ObjectReference>) {
+    if volume.is_some() { (volume, server) } else { (server, None) }
+}
+
+/// The leader's part of a server's status; ids, addresses, devices and space are the server's own.
+fn server_status(cached: &StorageServer, description: &ServerDescription) -> StorageServerStatus {
+    let before = cached.status.clone().unwrap_or_default();
+    let now = || Time(Timestamp::now());
+    let same = before.state == Some(description.state);
+    let mut summary = description.summary.clone();
+    summary.devices = devices(&before);
+    summary.used = used(&before);
+    let mut conditions: Vec<_> = before.conditions.into_iter().filter(|c| c.kind == "Ready").collect();
+    set_condition(&mut conditions, ready(description, cached.metadata.generation));
+    StorageServerStatus {
+        state: Some(description.state),
+        last_transition: before.last_transition.filter(|_| same).or_else(|| Some(now())),
+        provisioned_bytes: i64::try_from(description.provisioned_bytes).ok(),
+        copies: Some(description.copies),
+        orphans: description.orphans.clone(),
+        vetoes: description.vetoes.clone(),
+        summary: Some(summary),
+        conditions,
+        ..StorageServerStatus::default()
+    }
+}
+
+fn ready(description: &ServerDescription, observed: Option<i64>) -> Condition {
+    let text = || format!("the leader sees it as {:?}", description.state);
+    Condition {
+        kind: "Ready".to_owned(),
+        status: ConditionStatus::from(matches!(description.state, ServerState::Ready | ServerState::Draining)),
+        reason: format!("{:?}", description.state),
+        message: description.summary.message.clone().unwrap_or_else(text),
+        last_transition_time: Time(Timestamp::now()),
+        observed_generation: observed,
+    }
+}
+
+fn devices(status: &StorageServerStatus) -> Option<String> {
+    let ready = status.devices.iter().filter(|device| device.state == DeviceState::Ready).count();
+    (!status.devices.is_empty()).then(|| format!("{ready}/{}", status.devices.len()))
+}
+
+fn used(status: &StorageServerStatus) -> Option<String> {
+    let (used, all) = (status.used_bytes?.unsigned_abs(), status.capacity_bytes?.unsigned_abs());
+    let percent = used.saturating_mul(100).checked_div(all)?;
+    Some(format!("{}/{} ({percent}%)", size(used), size(all)))
+}

@@ -1,0 +1,194 @@
+//! A new Volume gets its finalizer, its id, and a PersistentVolume if it asks for one.
+//!
+//! Invariants: an id is minted once, by a patch under the resource version that was read; a Volume applied again without
+//! its status gets back the id that a PersistentVolume names for it, never a new, blank one. Every step may be done twice.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+
+use k8s_openapi::api::core::v1::{CSIPersistentVolumeSource, PersistentVolume, PersistentVolumeSpec};
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+use kube::api::{Api, ListParams, ObjectMeta, Patch, PatchParams, PostParams};
+use kube::{Client, Resource, ResourceExt};
+use lamina_crds::Id;
+use lamina_crds::volume::{AccessMode, Volume};
+use lamina_csi_api::DRIVER_NAME;
+use lamina_protocol::ids::VolumeId;
+use serde_json::{Value, json};
+
+use crate::directory::FINALIZER;
+use crate::index::Index;
+use crate::store::StoreError;
+
+/// Annotation of a Volume: `"true"` = make a PersistentVolume of the same name, for a claim to bind by `volumeName`.
+pub(super) const WANTS_PV: &str = "lamina.dev/persistent-volume";
+/// Annotation beside it: filesystem of that PersistentVolume; ext4 if left out.
+const FS_TYPE: &str = "lamina.dev/fs-type";
+/// Annotation beside it: Filesystem (if left out) or Block.
+const VOLUME_MODE: &str = "lamina.dev/volume-mode";
+/// Field manager of what is done here.
+const FIELD_MANAGER: &str = "lamina-leader-prepare";
+/// Key in a PersistentVolume's volumeAttributes with the name of its Volume.
+const VOLUME_ATTRIBUTE: &str = "volume";
+
+/// What a Volume still lacks.
+pub(super) fn lacks(volume: &Volume, has_pv: bool) -> bool {
+    let status = volume.status.as_ref();
+    let complete = status.is_some_and(|s| s.volume_id.is_some() && s.generation.is_some());
+    let alive = volume.metadata.deletion_timestamp.is_none();
+    alive && (!complete || !has_finalizer(volume) || (wants_pv(volume) && !has_pv))
+}
+
+fn has_finalizer(volume: &Volume) -> bool {
+    volume.finalizers().iter().any(|finalizer| finalizer == FINALIZER)
+}
+
+fn wants_pv(volume: &Volume) -> bool {
+    volume.annotations().get(WANTS_PV).is_some_and(|value| value == "true")
+}
+
+/// Does the next step that a Volume lacks, and all after it.
+pub(super) async fn prepare(client: &Client, index: &Mutex<Index>, name: &str) -> Result<(), StoreError> {
+    let volumes: Api<Volume> = Api::all(client.clone());
+    let Some(mut volume) = volumes.get_opt(name).await? else { return Ok(()) };
+    if volume.metadata.deletion_timestamp.is_some() {
+        return Ok(());
+    }
+    if !has_finalizer(&volume) {
+        volume = patch_finalizer(&volumes, &volume).await?;
+    }
+    let id = match crate::translate::id_of(&volume) {
+        Some(id) => id,
+        None => choose_id(client, index, name).await?,
+    };
+    if let Some(patch) = status_patch(&volume, id) {
+        let params = PatchParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PatchParams::default() };
+        volume = volumes.patch_status(name, &params, &json_patch(patch)).await?;
+    }
+    if wants_pv(&volume) {
+        make_pv(client, &volume, id).await?;
+    }
+    Ok(())
+}
+
+fn json_patch(operations: Value) -> Patch<()> {
+    Patch::Json(serde_json::from_value(operations).expect("operations of ours are a patch"))
+}
+
+fn unchanged(volume: &Volume) -> Value {
+    json!({"op": "test", "path": "/metadata/resourceVersion", "value": volume.resource_version()})
+}
+
+async fn patch_finalizer(volumes: &Api<Volume>, volume: &Volume) -> Result<Volume, StoreError> {
+    let mut finalizers = volume.finalizers().to_vec();
+    finalizers.push(FINALIZER.to_owned());
+    let patch = json!([unchanged(volume), {"op": "add", "path": "/metadata/finalizers", "value": finalizers}]);
+    let params = PatchParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PatchParams::default() };
+    Ok(volumes.patch(&volume.name_any(), &params, &json_patch(patch)).await?)
+}
+
+/// The patch that gives a status what commits test and replace; `None` = all is there.
+fn status_patch(volume: &Volume, id: VolumeId) -> Option<Value> {
+    let put = |path: &str, value: Value| json!({"op": "add", "path": path, "value": value});
+    let fields =
+        [("volumeId", json!(Id::of(id.0))), ("generation", json!(0)), ("retired", json!([])), ("ended", json!([]))];
+    let Some(status) = &volume.status else {
+        let status: serde_json::Map<_, _> = fields.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+        return Some(json!([unchanged(volume), put("/status", Value::Object(status))]));
+    };
+    let there = [
+        status.volume_id.is_some(),
+        status.generation.is_some(),
+        status.generation.is_some() || !status.retired.is_empty(),
+        status.generation.is_some() || !status.ended.is_empty(),
+    ];
+    if there.iter().all(|there| *there) {
+        return None;
+    }
+    let missing = fields.into_iter().zip(there).filter(|(_, there)| !there);
+    let puts = missing.map(|((name, value), _)| put(&format!("/status/{name}"), value));
+    Some(std::iter::once(unchanged(volume)).chain(puts).collect())
+}
+
+/// The id that a PersistentVolume names for this Volume, or a new one. Costs one list of PersistentVolumes per new Volume.
+async fn choose_id(client: &Client, index: &Mutex<Index>, name: &str) -> Result<VolumeId, StoreError> {
+    let volumes: Api<PersistentVolume> = Api::all(client.clone());
+    let mut handles = BTreeMap::new();
+    for pv in volumes.list(&ListParams::default()).await?.items {
+        if let Some((handle, pv)) = handle_for(&pv, name) {
+            handles.insert(handle, pv);
+        }
+    }
+    let lock = || index.lock().unwrap_or_else(PoisonError::into_inner);
+    match handles.len() {
+        0 => {
+            let id = VolumeId(crate::mint());
+            lock().minted(id);
+            Ok(id)
+        }
+        1 => {
+            let (id, pv) = handles.pop_first().expect("there is one");
+            tracing::warn!(volume = name, pv, %id, "the Volume came back without its status: it gets its old id");
+            Ok(id)
+        }
+        _ => {
+            tracing::error!(volume = name, ?handles, "several PersistentVolumes name this Volume with different ids");
+            Err(StoreError::Gone)
+        }
+    }
+}
+
+fn handle_for(pv: &PersistentVolume, volume: &str) -> Option<(VolumeId, String)> {
+    let csi = pv.spec.as_ref()?.csi.as_ref().filter(|csi| csi.driver == DRIVER_NAME)?;
+    let named = csi.volume_attributes.as_ref()?.get(VOLUME_ATTRIBUTE)?;
+    (named == volume).then(|| Some((csi.volume_handle.parse().ok()?, pv.name_any())))?
+}
+
+async fn make_pv(client: &Client, volume: &Volume, id: VolumeId) -> Result<(), StoreError> {
+    let api: Api<PersistentVolume> = Api::all(client.clone());
+    let name = volume.name_any();
+    if api.get_opt(&name).await?.is_some() {
+        return Ok(());
+    }
+    match api.create(&PostParams::default(), &persistent_volume(volume, id)).await {
+        Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
+        other => other.map(drop).map_err(StoreError::from),
+    }
+}
+
+fn persistent_volume(volume: &Volume, id: VolumeId) -> PersistentVolume {
+    let name = volume.name_any();
+    let annotation = |key: &str| volume.annotations().get(key).cloned();
+    let block = annotation(VOLUME_MODE).is_some_and(|mode| mode == "Block");
+    let mode = match volume.spec.access_mode {
+        AccessMode::ReadWriteOnce => "ReadWriteOnce",
+        AccessMode::ReadOnlyMany => "ReadOnlyMany",
+        AccessMode::ReadWriteMany => "ReadWriteMany",
+    };
+    PersistentVolume {
+        metadata: ObjectMeta {
+            name: Some(name.clone()),
+            labels: Some([("app.kubernetes.io/managed-by".to_owned(), "lamina".to_owned())].into()),
+            annotations: Some(
+                [("lamina.dev/made-for".to_owned(), volume.meta().uid.clone().unwrap_or_default())].into(),
+            ),
+            ..ObjectMeta::default()
+        },
+        spec: Some(PersistentVolumeSpec {
+            access_modes: Some(vec![mode.to_owned()]),
+            capacity: Some([("storage".to_owned(), Quantity(volume.spec.size.to_string()))].into()),
+            csi: Some(CSIPersistentVolumeSource {
+                driver: DRIVER_NAME.to_owned(),
+                volume_handle: id.to_string(),
+                fs_type: (!block).then(|| annotation(FS_TYPE).unwrap_or_else(|| "ext4".to_owned())),
+                volume_attributes: Some([(VOLUME_ATTRIBUTE.to_owned(), name)].into()),
+                ..CSIPersistentVolumeSource::default()
+            }),
+            persistent_volume_reclaim_policy: Some("Retain".to_owned()),
+            storage_class_name: Some(String::new()),
+            volume_mode: Some(if block { "Block" } else { "Filesystem" }.to_owned()),
+            ..PersistentVolumeSpec::default()
+        }),
+        ..PersistentVolume::default()
+    }
+}

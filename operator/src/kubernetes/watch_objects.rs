@@ -1,0 +1,222 @@
+//! Objects as they change, told to the leader; Volumes that lack something are prepared first.
+//!
+//! Invariant: `Listed` is said once, after every kind was listed whole; after a broken watch what is no longer there is
+//! told as gone. A Volume is told when it has its id, so preparing one never holds up others.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Debug;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures::stream::{BoxStream, StreamExt, select_all};
+use k8s_openapi::api::core::v1::Node;
+use kube::runtime::watcher::{self, Event};
+use kube::runtime::{WatchStreamExt, watcher as watch};
+use kube::{Api, Client, Resource, ResourceExt};
+use lamina_crds::{ReplicationPolicy, StorageServer, Volume};
+use serde::de::DeserializeOwned;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use super::prepare;
+use crate::index::Index;
+use crate::store::{Change, StoreError};
+
+/// Label of a Node with its zone.
+const ZONE: &str = "topology.kubernetes.io/zone";
+/// Between two tries to prepare a Volume, at first and at most.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
+
+/// An object of any kind that is watched.
+enum Seen {
+    Volume(Box<Volume>),
+    Policy(Box<ReplicationPolicy>),
+    Server(Box<StorageServer>),
+    Node(Box<Node>),
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Kind {
+    Policy,
+    Node,
+    Server,
+    Volume,
+}
+
+enum Word {
+    Began(Kind),
+    There(Seen),
+    Listed(Kind),
+    Gone(Kind, String),
+}
+
+/// Nobody listens any more.
+struct Over;
+
+struct Watch {
+    client: Client,
+    index: Arc<Mutex<Index>>,
+    changes: mpsc::Sender<Change>,
+    /// Names by kind; during a list those not seen yet.
+    known: BTreeMap<Kind, BTreeSet<String>>,
+    unseen: BTreeMap<Kind, BTreeSet<String>>,
+    listed: BTreeSet<Kind>,
+    preparing: JoinSet<String>,
+    under_way: BTreeSet<String>,
+    with_pv: BTreeSet<String>,
+}
+
+/// Watches until nobody listens.
+pub(super) async fn run(client: Client, index: Arc<Mutex<Index>>, changes: mpsc::Sender<Change>) {
+    let mut words = select_all([
+        words(Kind::Policy, Api::<ReplicationPolicy>::all(client.clone()), |o| Seen::Policy(Box::new(o))),
+        words(Kind::Node, Api::<Node>::all(client.clone()), |o| Seen::Node(Box::new(o))),
+        words(Kind::Server, Api::<StorageServer>::all(client.clone()), |o| Seen::Server(Box::new(o))),
+        words(Kind::Volume, Api::<Volume>::all(client.clone()), |o| Seen::Volume(Box::new(o))),
+    ]);
+    let mut watch = Watch {
+        client,
+        index,
+        changes,
+        known: BTreeMap::new(),
+        unseen: BTreeMap::new(),
+        listed: BTreeSet::new(),
+        preparing: JoinSet::new(),
+        under_way: BTreeSet::new(),
+        with_pv: BTreeSet::new(),
+    };
+    loop {
+        let step = tokio::select! {
+            Some(word) = words.next() => watch.take(word).await,
+            Some(done) = watch.preparing.join_next() => {
+                let name = done.expect("preparing a Volume does not panic and is not aborted while it runs");
+                watch.prepared(&name);
+                Ok(())
+            }
+        };
+        if step.is_err() {
+            return;
+        }
+    }
+}
+
+fn words<K>(kind: Kind, api: Api<K>, seen: fn(K) -> Seen) -> BoxStream<'static, Word>
+where
+    K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
+{
+    let events = watch(api, watcher::Config::default()).default_backoff();
+    let word = move |event: Result<Event<K>, watcher::Error>| async move {
+        match event {
+            Ok(Event::Init) => Some(Word::Began(kind)),
+            Ok(Event::InitApply(object) | Event::Apply(object)) => Some(Word::There(seen(object))),
+            Ok(Event::InitDone) => Some(Word::Listed(kind)),
+            Ok(Event::Delete(object)) => Some(Word::Gone(kind, object.name_any())),
+            Err(why) => {
+                tracing::warn!(%why, kind = std::any::type_name::<K>(), "the watch broke and is made again");
+                None
+            }
+        }
+    };
+    events.filter_map(word).boxed()
+}
+
+impl Watch {
+    async fn take(&mut self, word: Word) -> Result<(), Over> {
+        match word {
+            Word::Began(kind) => {
+                self.unseen.insert(kind, self.known.get(&kind).cloned().unwrap_or_default());
+                Ok(())
+            }
+            Word::There(seen) => self.there(seen).await,
+            Word::Gone(kind, name) => self.gone(kind, &name).await,
+            Word::Listed(kind) => {
+                for name in self.unseen.remove(&kind).unwrap_or_default() {
+                    self.gone(kind, &name).await?;
+                }
+                if self.listed.insert(kind) && self.listed.len() == 4 {
+                    return self.say([Change::Listed]).await;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    async fn there(&mut self, seen: Seen) -> Result<(), Over> {
+        let (kind, name) = match &seen {
+            Seen::Volume(o) => (Kind::Volume, o.name_any()),
+            Seen::Policy(o) => (Kind::Policy, o.name_any()),
+            Seen::Server(o) => (Kind::Server, o.name_any()),
+            Seen::Node(o) => (Kind::Node, o.name_any()),
+        };
+        self.known.entry(kind).or_default().insert(name.clone());
+        self.unseen.entry(kind).or_default().remove(&name);
+        if let Seen::Volume(volume) = &seen {
+            self.prepare_if_needed(volume);
+        }
+        let changes = {
+            let mut index = self.index.lock().unwrap_or_else(PoisonError::into_inner);
+            match seen {
+                Seen::Volume(volume) => index.apply_volume(*volume),
+                Seen::Policy(policy) => index.apply_policy(*policy),
+                Seen::Server(server) => index.apply_server(*server),
+                Seen::Node(node) => index.apply_node(&name, node.labels().get(ZONE).map_or("", String::as_str)),
+            }
+        };
+        self.say(changes).await
+    }
+
+    async fn gone(&mut self, kind: Kind, name: &str) -> Result<(), Over> {
+        self.known.entry(kind).or_default().remove(name);
+        let changes = {
+            let mut index = self.index.lock().unwrap_or_else(PoisonError::into_inner);
+            match kind {
+                Kind::Volume => index.delete_volume(name),
+                Kind::Policy => index.delete_policy(name),
+                Kind::Server => index.delete_server(name),
+                Kind::Node => index.delete_node(name),
+            }
+        };
+        if kind == Kind::Volume {
+            self.with_pv.remove(name);
+        }
+        self.say(changes).await
+    }
+
+    async fn say(&self, changes: impl IntoIterator<Item = Change>) -> Result<(), Over> {
+        for change in changes {
+            self.changes.send(change).await.map_err(|_| Over)?;
+        }
+        Ok(())
+    }
+
+    fn prepare_if_needed(&mut self, volume: &Volume) {
+        let name = volume.name_any();
+        let needed = prepare::lacks(volume, self.with_pv.contains(&name));
+        if !needed || !self.under_way.insert(name.clone()) {
+            return;
+        }
+        let (client, index) = (self.client.clone(), Arc::clone(&self.index));
+        self.preparing.spawn(async move {
+            let (mut pause, longest) = PAUSES;
+            while let Err(why) = prepare::prepare(&client, &index, &name).await {
+                if !is_conflict(&why) {
+                    tracing::warn!(volume = name, %why, "the Volume could not be prepared");
+                }
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(longest);
+            }
+            name
+        });
+    }
+
+    fn prepared(&mut self, name: &str) {
+        self.under_way.remove(name);
+        self.with_pv.insert(name.to_owned());
+    }
+}
+
+/// Somebody else changed the object in between: read anew and done again.
+fn is_conflict(why: &StoreError) -> bool {
+    let StoreError::Api(why) = why else { return false };
+    matches!(&**why, kube::Error::Api(status) if matches!(status.code, 409 | 422))
+}
