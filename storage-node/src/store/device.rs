@@ -176,6 +176,9 @@ impl Device {
     /// Hands an operation in. After [`MediumEvent::Failed`] it is swallowed, as nothing is answered any more.
     pub fn submit(&self, op: OpId, what: MediumOp) -> Result<(), QueueFull> {
         let mut queue = self.shared.queue();
+        if queue.stopping {
+            return Ok(());
+        }
         if queue.waiting.len() >= QUEUE_LIMIT {
             return Err(QueueFull(what));
         }
@@ -187,6 +190,9 @@ impl Device {
     /// Hands several operations in with one wake-up. Those that no longer fit come back.
     pub fn submit_all(&self, ops: Vec<(OpId, MediumOp)>) -> Vec<(OpId, MediumOp)> {
         let mut queue = self.shared.queue();
+        if queue.stopping {
+            return Vec::new();
+        }
         let room = QUEUE_LIMIT.saturating_sub(queue.waiting.len());
         let mut ops = ops.into_iter();
         queue.waiting.extend(ops.by_ref().take(room).map(|(op, what)| Command::Op(op, what)));

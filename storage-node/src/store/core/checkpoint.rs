@@ -82,7 +82,7 @@ impl Core {
     }
 
     fn is_checkpoint_due(&self) -> bool {
-        let changed = self.journal_used() > 0;
+        let changed = self.journal_used() > 0 || !self.is_quiet();
         changed && (self.journal_used() >= self.bounds.checkpoint || 2 * self.cells.stuck() >= self.cells.limit())
     }
 

@@ -332,3 +332,20 @@ fn many_operations_at_once_are_all_answered_while_the_journal_wraps() {
         }
     }
 }
+
+#[test]
+fn shapes_alone_never_fill_the_cache_for_good() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("large");
+    std::fs::File::create(&path).unwrap().set_len(64 << 30).unwrap();
+    let options = FormatOptions { create_bytes: None, journal_bytes: Some(64 << 20), ..format_options() };
+    format(&path, &options).unwrap();
+    let mut opening = Opening::of(&path, true, 1).with_copy();
+    // Each takes a slab of its own page: more blocks of cells than the cache holds, and no flush among them.
+    let pages: u64 = 4 * 10_000;
+    let ops = (0..pages).map(|n| (1 << 40 | n, MediumOp::Allocate(vec![page(n)]))).collect();
+    assert!(opening.device.submit_all(ops).is_empty());
+    (0..pages).for_each(|_| assert_eq!(opening.answer().1, MediumAnswer::Done));
+    opening.flush();
+    assert!(opening.device.stats().checkpoints > 0);
+}
