@@ -24,7 +24,7 @@ pub const MAX_REPORTS: usize = 64;
 /// Where the leader is found.
 pub enum Whereabouts {
     /// As the Lease of this namespace says.
-    Lease(Api<Lease>),
+    Lease(Box<Api<Lease>>),
     /// There.
     Fixed(String),
 }
@@ -32,7 +32,7 @@ pub enum Whereabouts {
 impl Whereabouts {
     /// By the Lease in this namespace.
     pub fn lease(client: Client, namespace: &str) -> Self {
-        Self::Lease(Api::namespaced(client, namespace))
+        Self::Lease(Box::new(Api::namespaced(client, namespace)))
     }
 
     async fn address(&self) -> Option<String> {
