@@ -143,3 +143,118 @@ async fn follow_once(
         });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use lamina_control_api::leader::{Leader as Answers, Refusal, Service};
+    use lamina_protocol::control::Trouble;
+    use lamina_protocol::ids::{CopyId, Generation, ServerId, SessionId};
+    use std::net::SocketAddr;
+    use tokio::net::TcpListener;
+
+    /// A replica of the operator: leads and notes what it hears, or names who leads.
+    struct Replica {
+        heard: Option<mpsc::Sender<DriverReport>>,
+        leader: Option<String>,
+        maps: watch::Receiver<Option<VolumeMap>>,
+    }
+
+    impl Answers for Replica {
+        fn report(&self, report: DriverReport) -> Result<(), Refusal> {
+            match &self.heard {
+                Some(heard) => heard.try_send(report).map_err(|_| Refusal::Busy),
+                None => Err(Refusal::NotLeader { leader: self.leader.clone() }),
+            }
+        }
+
+        fn maps(&self, _volume: VolumeId) -> Result<watch::Receiver<Option<VolumeMap>>, Refusal> {
+            match self.heard {
+                Some(_) => Ok(self.maps.clone()),
+                None => Err(Refusal::NotLeader { leader: self.leader.clone() }),
+            }
+        }
+    }
+
+    async fn start(replica: Replica) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        drop(listener);
+        let router = tonic::transport::Server::builder().add_service(Service::new(replica));
+        tokio::spawn(router.serve(address));
+        while tokio::net::TcpStream::connect(address).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        address
+    }
+
+    fn map(generation: u64) -> VolumeMap {
+        VolumeMap {
+            volume: VolumeId(1),
+            generation: Generation(generation),
+            format: lamina_protocol::map::MAP_FORMAT,
+            required_features: 0,
+            size: 4096,
+            multi_session: false,
+            servers: Vec::new(),
+            placements: Vec::new(),
+            layers: Vec::new(),
+            sessions: Vec::new(),
+            revoked: Vec::new(),
+        }
+    }
+
+    #[tokio::test]
+    async fn reports_and_maps_find_the_leader_through_a_replica_that_does_not_lead() {
+        let (heard, mut hears) = mpsc::channel(4);
+        let (commit, maps) = watch::channel(Some(map(3)));
+        let leader = start(Replica { heard: Some(heard), leader: None, maps: maps.clone() }).await;
+        let other = start(Replica { heard: None, leader: Some(leader.to_string()), maps }).await;
+        let (reports, reported) = mpsc::channel(4);
+        let telling = tokio::spawn(report(Whereabouts::Fixed(other.to_string()), reported));
+        let said = DriverReport {
+            volume: VolumeId(1),
+            session: SessionId(2),
+            generation: Generation(3),
+            copy: CopyId(4),
+            server: ServerId(5),
+            trouble: Trouble::Stalled,
+        };
+        reports.send(said.clone()).await.unwrap();
+        assert_eq!(hears.recv().await, Some(said));
+        drop(reports);
+        telling.await.unwrap();
+
+        let (newest, mut seen) = watch::channel(None);
+        let following = tokio::spawn(follow(Whereabouts::Fixed(other.to_string()), VolumeId(1), newest));
+        seen.wait_for(|map| map.as_ref().is_some_and(|map| map.generation.0 == 3)).await.unwrap();
+        commit.send_replace(Some(map(4)));
+        seen.wait_for(|map| map.as_ref().is_some_and(|map| map.generation.0 == 4)).await.unwrap();
+        commit.send_replace(Some(map(2)));
+        commit.send_replace(Some(map(5)));
+        seen.wait_for(|map| map.as_ref().is_some_and(|map| map.generation.0 != 4)).await.unwrap();
+        assert_eq!(seen.borrow().as_ref().unwrap().generation, Generation(5), "an older map is never handed on");
+        drop(seen);
+        tokio::time::timeout(Duration::from_secs(5), following).await.expect("it ends with its listener").unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_report_that_nobody_hears_is_dropped_and_the_next_one_is_told() {
+        let (reports, reported) = mpsc::channel(4);
+        let telling = tokio::spawn(report(Whereabouts::Fixed("127.0.0.1:1".into()), reported));
+        for _ in 0..3 {
+            let said = DriverReport {
+                volume: VolumeId(1),
+                session: SessionId(2),
+                generation: Generation(3),
+                copy: CopyId(4),
+                server: ServerId(5),
+                trouble: Trouble::Unreachable,
+            };
+            reports.send(said).await.unwrap();
+        }
+        drop(reports);
+        tokio::time::timeout(Duration::from_secs(20), telling).await.expect("nothing waits").unwrap();
+    }
+}

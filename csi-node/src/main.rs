@@ -9,6 +9,7 @@ use lamina_csi_node::holder::Holder;
 use lamina_csi_node::{export, serve};
 use lamina_protocol::ids::{ClusterId, SessionId, VolumeId};
 use lamina_protocol::wire::Start;
+use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use tokio::signal::unix::{SignalKind, signal};
@@ -116,12 +117,26 @@ struct Export {
 fn main() -> anyhow::Result<()> {
     let cli = Cli::parse();
     let filter = tracing_subscriber::EnvFilter::try_new(&cli.log).context("--log")?;
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
+    end_at_a_panic();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let result = runtime.block_on(run(cli.command));
-    // Threads that wait for a stalled volume must not keep the process: its devices are the successor's.
-    runtime.shutdown_background();
-    result
+    if let Err(error) = &result {
+        eprintln!("Error: {error:#}");
+    }
+    // At once, with everything in place: a driver that is taken down in order answers the kernel with errors, one that is
+    // gone leaves its requests to the successor.
+    std::process::exit(i32::from(result.is_err()));
+}
+
+/// A broken invariant ends the whole process: a successor takes the devices over, half a process would let them hang.
+fn end_at_a_panic() {
+    let tell = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        tell(panic);
+        std::process::abort();
+    }));
 }
 
 async fn run(command: Command) -> anyhow::Result<()> {

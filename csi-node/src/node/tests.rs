@@ -291,3 +291,25 @@ async fn a_step_that_fails_is_gone_on_from_by_the_next_call() {
         assert_eq!(world.record().unwrap().standing, Standing::Closed, "{step}");
     }
 }
+
+#[tokio::test]
+async fn the_metrics_page_shows_every_volume_in_whole_families() {
+    let world = World::new(3, &[1]);
+    let node = world.node();
+    node.stage(&stage_wish(1, Kind::Block)).await.unwrap();
+    let page = crate::metrics::page(&node);
+    assert!(page.ends_with("# EOF\n"));
+    let label = format!("volume=\"{}\"", handle());
+    let requests = page.lines().filter(|line| line.starts_with("lamina_client_requests_total{"));
+    assert_eq!(requests.filter(|line| line.contains(&label)).count(), 4, "{page}");
+    let buckets = page.lines().filter(|line| line.starts_with("lamina_client_latency_seconds_bucket{"));
+    assert_eq!(buckets.filter(|line| line.contains("le=\"+Inf\"")).count(), 4);
+    // A family is declared once, before its samples.
+    let mut family = "";
+    for line in page.lines().filter(|line| !line.starts_with("# HELP") && !line.starts_with("# EOF")) {
+        match line.strip_prefix("# TYPE ") {
+            Some(declared) => family = declared.split(' ').next().unwrap(),
+            None => assert!(line.starts_with(family), "{line} is no sample of {family}"),
+        }
+    }
+}
