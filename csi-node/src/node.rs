@@ -72,6 +72,8 @@ pub struct Parts {
 /// A volume that is served here.
 #[derive(Clone)]
 struct Open {
+    // In this order: the process lets go of the driver before the driver ends.
+    _leash: Arc<attach::Leash>,
     driver: Arc<dyn OpenVolume>,
     device: Option<Arc<dyn Device>>,
     _followed: Arc<Followed>,

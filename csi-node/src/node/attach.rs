@@ -16,6 +16,7 @@ use lamina_protocol::ids::{SessionId, VolumeId};
 use lamina_protocol::map::VolumeMap;
 use lamina_protocol::wire::Start;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::watch;
 
 impl Node {
@@ -36,7 +37,7 @@ impl Node {
         self.clear(volume).await?;
         let mut entry = Entry { record: Record::opening(session, kind), open: None };
         self.keep(volume, entry.clone()).await?;
-        let driver = self.open_driver(volume, session, start, &followed).await?;
+        let (leash, driver) = self.open_driver(volume, session, start, &followed).await?;
         if start == Start::Resume {
             // Nothing is unanswered: nothing comes again.
             driver.replayed();
@@ -49,7 +50,7 @@ impl Node {
             Ok(device) => {
                 let device: Arc<dyn Device> = device.into();
                 self.cut_off_when_ended(volume, driver.status(), &device);
-                let open = Open { driver, device: Some(device), _followed: Arc::new(followed) };
+                let open = Open { _leash: leash, driver, device: Some(device), _followed: Arc::new(followed) };
                 entry.open = Some(open);
                 self.lock().insert(volume, entry.clone());
                 Ok(entry)
@@ -99,20 +100,21 @@ impl Node {
         session: u128,
         start: Start,
         followed: &Followed,
-    ) -> Result<Arc<dyn OpenVolume>, NodeError> {
+    ) -> Result<(Arc<Leash>, Arc<dyn OpenVolume>), NodeError> {
+        let (leash, on_superseded) = Leash::new(self.parts.exit.clone());
         let wish = Wish {
             volume: VolumeId(volume.id()),
             session: SessionId(session),
             start,
             maps: followed.maps.clone(),
-            on_superseded: self.parts.exit.clone(),
+            on_superseded,
         };
         let driver = self.parts.opener.open(wish)?;
         let mut status = driver.status();
         let settled = status.wait_for(|status| status.serving || status.ended);
         match tokio::time::timeout(self.parts.patience.serving, settled).await {
             Ok(Ok(status)) if status.ended => Err(NodeError::Ended),
-            Ok(Ok(_)) => Ok(driver.clone()),
+            Ok(Ok(_)) => Ok((leash, driver.clone())),
             _ => Err(NodeError::NotServing),
         }
     }
@@ -172,9 +174,52 @@ impl Node {
     }
 }
 
+/// Ties the process to a driver: while this lives, the process ends when that driver is superseded. A driver that was
+/// given up here may find that the next one of this very process has taken its place, which is no reason to end.
+pub(super) struct Leash(Arc<AtomicBool>);
+
+impl Leash {
+    fn new(exit: Arc<dyn Fn() + Send + Sync>) -> (Arc<Self>, Arc<dyn Fn() + Send + Sync>) {
+        let holds = Arc::new(AtomicBool::new(true));
+        let seen = holds.clone();
+        let on_superseded = move || {
+            if seen.load(Ordering::Acquire) {
+                exit();
+            }
+        };
+        (Arc::new(Self(holds)), Arc::new(on_superseded))
+    }
+}
+
+impl Drop for Leash {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
+}
+
 /// Flushes twice: the second one tells the servers that the first covered everything (`confirmed`), so that the end of
 /// the session finds nothing to settle.
 async fn settled(driver: &dyn OpenVolume) -> Result<(), NodeError> {
     flush(driver).await?;
     Ok(flush(driver).await?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicUsize;
+
+    #[test]
+    fn only_a_driver_that_still_counts_ends_the_process() {
+        let exits = Arc::new(AtomicUsize::new(0));
+        let counted = exits.clone();
+        let (leash, on_superseded) = Leash::new(Arc::new(move || {
+            counted.fetch_add(1, Ordering::Relaxed);
+        }));
+        on_superseded();
+        assert_eq!(exits.load(Ordering::Relaxed), 1);
+        drop(leash);
+        on_superseded();
+        assert_eq!(exits.load(Ordering::Relaxed), 1);
+    }
 }

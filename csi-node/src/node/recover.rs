@@ -36,7 +36,10 @@ impl Node {
                 }
             };
             self.lock().insert(volume, Entry { record: record.clone(), open: None });
-            let place = calls.enter(volume).expect("no call runs yet, and there are fewer volumes than places");
+            let Ok(place) = calls.enter(volume) else {
+                tracing::error!(%volume, "more volumes were here than a node can have: this one is left alone");
+                continue;
+            };
             if record.standing == Standing::Attached {
                 recoveries.spawn(self.clone().take_over_at_last(volume, record, place));
             } else {
@@ -82,11 +85,11 @@ impl Node {
             return Ok(false);
         }
         let followed = self.parts.objects.follow(volume);
-        let driver = self.open_driver(volume, record.session(), Start::Resume, &followed).await?;
+        let (leash, driver) = self.open_driver(volume, record.session(), Start::Resume, &followed).await?;
         let Some(device) = self.resume_device(volume, driver.clone()).await? else { return Ok(false) };
         driver.replayed();
         self.cut_off_when_ended(volume, driver.status(), &device);
-        let open = Open { driver, device: Some(device), _followed: Arc::new(followed) };
+        let open = Open { _leash: leash, driver, device: Some(device), _followed: Arc::new(followed) };
         self.lock().insert(volume, Entry { record: record.clone(), open: Some(open) });
         Ok(true)
     }
