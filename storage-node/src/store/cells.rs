@@ -90,7 +90,11 @@ impl Cells {
     }
 
     /// What was read from the disk; `None` = it could not be read. Cells that do not verify become stale as a whole.
+    /// What is held already is newer than the disk: its slab was taken anew while the read was under way.
     pub(crate) fn loaded(&mut self, block: u32, read: Option<AlignedBuf>) {
+        if self.holds(block) {
+            return;
+        }
         let mut buf = read.unwrap_or_else(|| AlignedBuf::zeroed(BLOCK as usize));
         for at in 0..CELLS_PER_BLOCK {
             let cell = &mut buf[at as usize * CELL..(at as usize + 1) * CELL];
@@ -253,6 +257,16 @@ mod tests {
         again.loaded(3, Some(rotten));
         assert_eq!((again.of(first + 70).0, again.of(first + 1).0), (BlockState::Stale, BlockState::Absent));
         assert_eq!(again.rotten(), 1);
+    }
+
+    #[test]
+    fn a_read_that_comes_late_never_replaces_what_was_made_anew() {
+        let mut cells = Cells::new(4);
+        cells.fresh(3, 1);
+        cells.set(3 * CELL_BLOCK_COVERS, BlockState::Hole, 0, 1);
+        cells.loaded(3, None);
+        assert_eq!(cells.of(3 * CELL_BLOCK_COVERS).0, BlockState::Hole);
+        assert_eq!((cells.stuck(), cells.rotten()), (1, 0));
     }
 
     #[test]

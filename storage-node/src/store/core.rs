@@ -324,18 +324,21 @@ impl Core {
 
     /// Does all that can be done now.
     pub(crate) fn run(&mut self) {
-        loop {
-            if self.failed {
-                return;
-            }
-            let before = (self.fifo.len(), self.next_id, self.events.len());
+        while !self.failed {
+            let before = self.progress();
             self.start_operations();
             self.go_on_with_checkpoint();
             self.go_on_with_cycle();
-            if before == (self.fifo.len(), self.next_id, self.events.len()) {
+            if before == self.progress() {
                 return;
             }
         }
+    }
+
+    /// Differs whenever something happened that may let something else go on.
+    fn progress(&self) -> (usize, u64, usize, bool, bool, Option<checkpoint::Stage>) {
+        let stage = self.checkpoint.as_ref().map(Checkpoint::stage);
+        (self.fifo.len(), self.next_id, self.events.len(), self.cycle.is_some(), self.want_sync, stage)
     }
 
     /// R3: the opening is over.

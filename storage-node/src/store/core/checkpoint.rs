@@ -37,12 +37,19 @@ pub(super) struct Checkpoint {
     under_way: usize,
 }
 
+/// Where a checkpoint is.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Stage {
+pub(super) enum Stage {
     Quiet,
     Work,
     Held,
     Sync,
+}
+
+impl Checkpoint {
+    pub(super) fn stage(&self) -> Stage {
+        self.stage
+    }
 }
 
 impl Core {
