@@ -164,28 +164,40 @@ impl World {
         let runtime = Runtime {
             driver: Driver::new(config),
             wake: 0,
-            holds_device: true,
+            holds_device: false,
             links: BTreeSet::new(),
             fails: BTreeMap::new(),
             told: Generation(0),
         };
-        for before in host.processes.values_mut() {
-            before.holds_device = false;
-        }
+        let alone = host.processes.is_empty();
         host.processes.insert(host.epoch, runtime);
         self.note(|| format!("client {client} starts a driver for session {:x} ({start:?})", session.0));
-        if start == Start::Resume {
-            self.counters.count("reached: a successor took a device over");
-            let device: Vec<u64> = self.clients[client].device.keys().copied().collect();
-            if !device.is_empty() {
-                self.counters.count("reached: take-over with requests in flight");
-            }
-            for tag in device {
-                self.submit(process, tag);
-            }
-            self.driver_input(process, Input::Replayed);
+        // Beside a process that lives, the device changes hands only when the members refuse that one.
+        if alone {
+            self.hand_device_to(process, start);
         }
         self.tell_client(client);
+    }
+
+    /// The device goes to this process, with every request that is not answered.
+    fn hand_device_to(&mut self, process: Process, start: Start) {
+        let Host::Driver(client) = process.host else { return };
+        for (epoch, runtime) in &mut self.clients[client].processes {
+            runtime.holds_device = *epoch == process.epoch;
+        }
+        if start == Start::Fresh {
+            return;
+        }
+        self.counters.count("reached: a successor took a device over");
+        let device: Vec<u64> = self.clients[client].device.keys().copied().collect();
+        if !device.is_empty() {
+            self.counters.count("reached: take-over with requests in flight");
+        }
+        self.note(|| format!("driver {client}.{} has the device, with {} requests given back", process.epoch, device.len()));
+        for tag in device {
+            self.submit(process, tag);
+        }
+        self.driver_input(process, Input::Replayed);
     }
 
     // ---- processes ----
@@ -221,17 +233,7 @@ impl World {
         let host = &self.clients[client];
         let alive = host.attached.as_ref().is_some_and(|a| a.staged && !a.lost) && !host.processes.is_empty();
         if alive && !self.frozen.contains_key(&Host::Driver(client)) {
-            // The holder of the device ends a taker whose socket stays open: one that serves may be that slow to go.
-            let idle: Vec<u32> = host
-                .processes
-                .iter()
-                .filter(|(_, r)| !(r.holds_device && r.driver.is_serving()))
-                .map(|(epoch, _)| *epoch)
-                .collect();
             let session = host.attached.as_ref().map(|a| a.id).unwrap_or_default();
-            for epoch in idle {
-                self.end_process(client, epoch, Leaving::Closed);
-            }
             self.register.process_died(session);
             self.stage(client, Start::Resume);
         }
@@ -357,7 +359,8 @@ impl World {
 
     pub(super) fn submit(&mut self, process: Process, tag: u64) {
         let Host::Driver(client) = process.host else { return };
-        if let Some(request) = self.clients[client].device.get(&tag) {
+        let holds = self.clients[client].processes.get(&process.epoch).is_some_and(|r| r.holds_device);
+        if let Some(request) = self.clients[client].device.get(&tag).filter(|_| holds) {
             let op = request.op.clone();
             self.driver_input(process, Input::Submit { tag: Tag(tag), op });
         }
@@ -453,6 +456,11 @@ impl World {
         runtime.driver.handle(now, input, &mut out);
         for output in out {
             self.driver_output(client, process, output);
+        }
+        let mine = self.clients[client].processes.get(&process.epoch);
+        let holder = self.clients[client].processes.iter().find(|(_, r)| r.holds_device).map_or(0, |(epoch, _)| *epoch);
+        if holder < process.epoch && mine.is_some_and(|r| r.driver.owns_device()) {
+            self.hand_device_to(process, Start::Resume);
         }
     }
 

@@ -79,8 +79,12 @@ fn faults(setup: &Setup, dice: &mut Dice, steps: &mut Vec<Step>) {
     // A run speaks mostly of two or three kinds of trouble; all at once hide each other.
     let kinds: Vec<u64> = (0..dice.within(1, 5)).map(|_| dice.below(21)).collect();
     let mut blanked = false;
+    // All within few seconds, or over the whole run.
+    let from = dice.within(1_500_000, setup.heal_at_us - 6_000_000);
+    let burst = dice.chance(1, 3).then_some((from, from + dice.within(200_000, 6_000_000)));
+    let (from, to) = burst.unwrap_or((1_500_000, setup.heal_at_us));
     for _ in 0..count {
-        let at_us = dice.within(1_500_000, setup.heal_at_us);
+        let at_us = dice.within(from, to);
         let kind = kinds[dice.index(kinds.len())];
         let mut action = fault(setup, dice, kind, &mut blanked);
         if dice.chance(1, 5) {
