@@ -31,18 +31,23 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// Smallest and largest volume, as the API's schema has them.
 const SIZES: std::ops::RangeInclusive<u64> = 1 << 20..=64 << 40;
 
-/// The service.
-pub struct Service {
+/// The verbs.
+pub struct Verbs {
     directory: Directory,
     mint: fn() -> u128,
 }
 
 type Answer<T> = Result<Response<T>, Status>;
 
-impl Service {
+impl Verbs {
     /// Over this directory.
-    pub fn new(directory: Directory, mint: fn() -> u128) -> AdminServer<Self> {
-        AdminServer::new(Self { directory, mint })
+    pub fn new(directory: Directory, mint: fn() -> u128) -> Self {
+        Self { directory, mint }
+    }
+
+    /// As a tonic service.
+    pub fn into_server(self) -> AdminServer<Self> {
+        AdminServer::new(self)
     }
 
     async fn create<K: Stored>(&self, json: &str, finish: impl FnOnce(&mut K)) -> Result<K, Status> {
@@ -141,7 +146,7 @@ impl Service {
 }
 
 #[tonic::async_trait]
-impl Admin for Service {
+impl Admin for Verbs {
     async fn create(&self, request: Request<v1::Object>) -> Answer<v1::Object> {
         let v1::Object { kind, json } = request.into_inner();
         let made = match kind.as_str() {
@@ -256,7 +261,7 @@ impl Admin for Service {
     }
 }
 
-impl Service {
+impl Verbs {
     async fn delete_server(&self, name: &str) -> Result<(), Status> {
         let index_says = {
             let index = self.directory.index();

@@ -130,7 +130,7 @@ async fn over_directory(path: &Path, listener: TcpListener, wired: Wired) -> any
     tracing::info!(%address, %cluster, directory = %path.display(), "serves");
     wired.metrics.leading.set(1);
     let services = Routes::new(lamina_control_api::leader::Service::new(wired.front.clone()))
-        .add_service(admin::Service::new(directory.clone(), mint));
+        .add_service(admin::Verbs::new(directory.clone(), mint).into_server());
     tokio::spawn(serve(listener, services, wired.stop.clone()));
     tokio::spawn(count_lease(directory.clone()));
     Ok(runtime::run(options(&wired, cluster), Arc::new(directory), changes).await)

@@ -1,0 +1,29 @@
+//! Whole runs: the operator's runtime over real stores, with real storage servers' state machines on loopback.
+#![allow(clippy::unwrap_used)]
+
+#[path = "whole/directory.rs"]
+mod directory;
+#[path = "whole/kubernetes.rs"]
+mod kubernetes;
+#[path = "whole/medium.rs"]
+mod medium;
+#[path = "whole/servers.rs"]
+mod servers;
+
+use std::time::Duration;
+
+use lamina_operator::front::Front;
+use lamina_operator::metrics::Metrics;
+use lamina_operator::runtime::{FailPoint, Options};
+use lamina_protocol::ids::ClusterId;
+use tokio::sync::watch;
+
+/// Everything is done long before; a machine under load is slow.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Options, and what stops the leader when it is dropped.
+fn options(cluster: ClusterId, die_at: Option<FailPoint>) -> (Options, watch::Sender<bool>) {
+    let (stopping, stop) = watch::channel(false);
+    let (metrics, front) = (Metrics::default(), Front::default());
+    (Options { cluster, mint: lamina_operator::mint, die_at, metrics, front, stop }, stopping)
+}
