@@ -18,12 +18,12 @@ use tokio::sync::watch;
 const EXAMPLES: &str = "\
 Examples:
   Serve volumes to pods (as the DaemonSet does):
-    lamina-csi-node serve --node n1 --cluster $LAMINA_CLUSTER --namespace lamina \\
+    lamina-csi-node serve --node n1 --cluster $LAMINA_CLUSTER --namespace lamina-system \\
         --csi-endpoint /var/lib/kubelet/plugins/csi.lamina.dev/csi.sock --holder /run/lamina/holder.sock
   Keep device descriptors while csi-node restarts:
     lamina-csi-node device-holder --socket /run/lamina/holder.sock
   Export a volume over NBD without Kubernetes:
-    lamina-csi-node export --cluster $C --volume $V --session $S --leader 127.0.0.1:4790 \\
+    lamina-csi-node export --cluster $C --volume $V --session $S --leader 127.0.0.1:4710 \\
         --listen unix:///tmp/v.sock
     nbdinfo 'nbd+unix:///?socket=/tmp/v.sock'";
 
@@ -57,7 +57,7 @@ struct Serve {
     #[arg(long, env = "LAMINA_CLUSTER")]
     cluster: ClusterId,
     /// Namespace of the operator and its Lease.
-    #[arg(long, env = "POD_NAMESPACE", default_value = "lamina")]
+    #[arg(long, env = "POD_NAMESPACE", default_value = "lamina-system")]
     namespace: String,
     /// The CSI socket; records of attached volumes are kept beside it.
     #[arg(long, default_value = "/var/lib/kubelet/plugins/csi.lamina.dev/csi.sock")]
