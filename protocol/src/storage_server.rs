@@ -287,6 +287,16 @@ impl StorageServer {
         for (op, _) in &lost {
             self.ops.remove(op);
         }
+        // Closed first: what goes on below must hand nothing more to this device, for nothing would answer.
+        let closed = self.volumes.values_mut().flat_map(|v| v.copies.values_mut()).filter(|c| c.boot == Some(boot));
+        let close = |copy: &mut volume::Copy| {
+            copy.close();
+            copy.record.copy
+        };
+        let copies: Vec<CopyId> = closed.map(close).collect();
+        for copy in copies {
+            self.drop_pull(copy);
+        }
         let execs: Vec<_> = self.execs.iter().filter(|(_, e)| e.uses(boot)).map(|(id, _)| *id).collect();
         for exec in execs {
             self.abandon(exec);
@@ -299,11 +309,6 @@ impl StorageServer {
                 Owner::Change(volume) => self.change_lost(volume),
                 _ => {}
             }
-        }
-        let closed = self.volumes.values_mut().flat_map(|v| v.copies.values_mut()).filter(|c| c.boot == Some(boot));
-        let copies: Vec<CopyId> = closed.map(|copy| { copy.close(); copy.record.copy }).collect();
-        for copy in copies {
-            self.drop_pull(copy);
         }
     }
 

@@ -106,6 +106,10 @@ impl StorageServer {
         if let Some(pending) = layer.and_then(|l| l.pending.get_mut(&exec.page.page)) {
             pending.busy -= 1;
         }
+        // What a fill brings may be of writers whose last `confirmed` has been heard here already.
+        if matches!(exec.work, Work::Apply(_)) {
+            self.clear_soon(exec.volume);
+        }
     }
 
     /// A driver says up to where its writes are acknowledged and durable on all copies.
@@ -138,8 +142,8 @@ impl StorageServer {
         let sessions = &known.sessions;
         let covered = |pending: &Pending| {
             let confirmed = |(session, incarnation): (SessionId, Incarnation), seq: Seq| {
-                let heard = sessions.get(&session).and_then(|s| s.confirmed.get(&incarnation));
-                heard.is_some_and(|&confirmed| confirmed >= seq)
+                let Some(known) = sessions.get(&session) else { return false };
+                incarnation <= known.adopted || known.confirmed.get(&incarnation).is_some_and(|&heard| heard >= seq)
             };
             !pending.before_start && pending.writers.iter().all(|&(writer, seq)| confirmed(writer, seq))
         };
@@ -155,6 +159,10 @@ impl StorageServer {
         let own = self.handles[&handle].incarnation;
         // A successor that writes nothing itself never confirms more than it has: this may be the last occasion.
         self.clear_soon(volume);
+        // A fill may still bring such writes from a source that has not heard this yet.
+        let adopted = Incarnation(up_to.0.min(own.0.saturating_sub(1)));
+        let heard = self.known(volume).sessions.entry(session).or_default();
+        heard.adopted = heard.adopted.max(adopted);
         for layer in self.known(volume).copies.values_mut().flat_map(|c| c.layers.values_mut()) {
             for pending in layer.pending.values_mut() {
                 let older = |w: &(SessionId, Incarnation)| w.0 == session && w.1 <= up_to && w.1 < own;

@@ -57,6 +57,8 @@ pub(super) struct KnownSession {
     pub(super) handled: Generation,
     /// Highest `Open` of each incarnation that this process has seen (R7).
     pub(super) opens: BTreeMap<Incarnation, OpenNumber>,
+    /// Pending writes of incarnations up to here were adopted by a higher one: they are durable on all copies.
+    pub(super) adopted: Incarnation,
     /// Highest `confirmed` of each incarnation.
     pub(super) confirmed: BTreeMap<Incarnation, Seq>,
 }

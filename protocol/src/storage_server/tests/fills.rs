@@ -89,6 +89,32 @@ fn what_is_pending_at_the_source_is_pending_at_the_filled_copy() {
 }
 
 #[test]
+fn what_a_fill_brings_of_confirmed_writers_does_not_stay_pending() {
+    let (mut net, _) = rejoining();
+    let second = net.open(1, 4, 1);
+    net.confirm(1, second, 4, Seq(1_000));
+    net.advance(1_000);
+    net.cut = false;
+    net.restart_pulls();
+    assert_eq!(net.pending(0), 2, "the source has not heard it");
+    net.advance(1_000);
+    assert_eq!(net.pending(1), 0, "no later confirmed comes from an idle driver");
+}
+
+#[test]
+fn what_a_fill_brings_of_an_adopted_incarnation_does_not_stay_pending() {
+    let (mut net, _) = rejoining();
+    let successor = net.open_incarnation(1, 4, 2, 1);
+    net.ask(1, successor, 4, RequestBody::Adopt { incarnation: Incarnation(1) }, Bytes::new());
+    net.advance(1_000);
+    net.cut = false;
+    net.restart_pulls();
+    assert_eq!(net.pending(0), 2, "the source has not heard it");
+    net.advance(1_000);
+    assert_eq!(net.pending(1), 0);
+}
+
+#[test]
 fn a_settle_makes_suspect_pages_equal_and_its_end_clears_them() {
     let mut net = Net::started(2);
     let first = net.open(0, 1, 1);
