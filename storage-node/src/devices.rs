@@ -1,0 +1,315 @@
+//! The devices that this server may use: what was found at each path, opening, opening anew under another boot id, growth.
+//!
+//! ```text
+//! spec ─► Opening ─► Ready ──(R3: an operation failed)──► Failed ──back-off──► Opening
+//!            ├─► Refused (foreign, another server's or cluster's, damaged)  ─► looked at again every minute
+//!            ├─► Missing                                                    ─► looked at again every 5 s
+//!            └─► Failed (busy, an error of the kernel)                      ─► back-off, 1 s to 1 min
+//! ```
+//! Invariants: each opening has a boot id of its own; a device is formatted only if it is blank, or a person said
+//! `format` and it is not this cluster's; an id of a server is minted only when every device could be looked at and none
+//! carries one; a device that is no longer listed is served on while a copy lies there.
+
+use crate::args::DeviceSpec;
+use crate::serve::Listed;
+use crate::server::Server;
+use crate::store::{self, Device, DeviceError, Identity, OpenOptions};
+use lamina_protocol::ids::{BootId, ClusterId, DeviceId, ServerId};
+use lamina_protocol::storage_server::medium::Opened;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+mod opening;
+
+pub(crate) use opening::{Failure, id};
+
+/// Openings that may wait to be taken: more than a server has devices.
+const OUTCOMES: usize = 128;
+/// First pause after a failure; doubled at each further one.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+/// Longest pause after failures, and the pause after a refusal.
+const MAX_PAUSE: Duration = Duration::from_secs(60);
+/// A path with nothing there is looked at again after this time.
+const MISSING_PAUSE: Duration = Duration::from_secs(5);
+
+/// How a device is, as it is shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DeviceState {
+    /// Being opened.
+    Opening,
+    /// Serves.
+    Ready,
+    /// Not used: foreign, of another server or cluster, too small, damaged.
+    Refused,
+    /// Nothing is at the path.
+    Missing,
+    /// An operation failed, or it is busy; opened anew after a pause.
+    Failed,
+    /// Not listed any more, though copies lie there.
+    Unlisted,
+}
+
+/// A device as it is shown.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceView {
+    /// Its path.
+    pub path: PathBuf,
+    /// How it is.
+    pub state: DeviceState,
+    /// Why, in plain words.
+    pub reason: Option<String>,
+    /// Its id, once it was opened.
+    pub id: Option<DeviceId>,
+    /// The present opening.
+    pub boot: Option<BootId>,
+    /// Openings that ended with an error.
+    pub failures: u64,
+}
+
+/// All devices.
+pub(crate) struct Slots {
+    cluster: ClusterId,
+    /// From the object or the command line; then from the first device that carries one, or minted.
+    server: Option<ServerId>,
+    slots: Vec<Slot>,
+    outcomes: mpsc::Sender<Outcome>,
+    /// What openings came to.
+    pub(crate) opened: mpsc::Receiver<Outcome>,
+}
+
+struct Slot {
+    spec: DeviceSpec,
+    listed: bool,
+    view: DeviceView,
+    /// Failures in a row.
+    in_a_row: u32,
+    /// When to look again; none while it is open or being opened.
+    again: Option<Instant>,
+}
+
+/// What a blocking piece of work came to.
+pub(crate) enum Outcome {
+    /// The devices were looked at: the server's id, or why it cannot be told yet.
+    Identity(Result<ServerId, String>),
+    /// One was opened or not.
+    Opened {
+        /// Which.
+        path: PathBuf,
+        /// With what.
+        result: Result<(Device, Opened), Failure>,
+    },
+    /// A file was extended for a device in use.
+    Grown {
+        /// Which.
+        path: PathBuf,
+        /// Whether.
+        result: Result<(), DeviceError>,
+    },
+}
+
+impl Slots {
+    /// No devices yet.
+    pub(crate) fn new(cluster: ClusterId, server: Option<ServerId>) -> Self {
+        let (outcomes, opened) = mpsc::channel(OUTCOMES);
+        Self { cluster, server, slots: Vec::new(), outcomes, opened }
+    }
+
+    /// Each device as it is shown.
+    pub(crate) fn views(&self) -> Vec<DeviceView> {
+        self.slots.iter().map(|slot| slot.view.clone()).collect()
+    }
+
+    /// The devices that people list now.
+    pub(crate) fn list(&mut self, listed: Listed, server: &Rc<Server>) {
+        self.server = self.server.or(listed.server);
+        let specs = listed.devices;
+        for slot in &mut self.slots {
+            slot.listed = specs.iter().any(|spec| spec.path == slot.spec.path);
+        }
+        for spec in specs {
+            match self.slots.iter_mut().find(|slot| slot.spec.path == spec.path) {
+                None => self.slots.push(Slot::new(spec)),
+                Some(slot) if slot.spec != spec => {
+                    let grows = spec.size > slot.spec.size && slot.view.boot.is_some();
+                    slot.spec = spec;
+                    if grows {
+                        grow(slot.spec.clone(), self.outcomes.clone());
+                    } else if slot.again.is_some() {
+                        slot.again = Some(Instant::now());
+                    }
+                }
+                Some(_) => {}
+            }
+        }
+        self.drop_unlisted(server);
+        self.begin(server);
+    }
+
+    fn drop_unlisted(&mut self, server: &Rc<Server>) {
+        let copies = server.copies();
+        self.slots.retain_mut(|slot| {
+            let used = slot.view.id.is_some_and(|id| copies.iter().any(|copy| copy.device == id));
+            match (slot.listed, used, slot.view.boot) {
+                (true, _, boot) => {
+                    if boot.is_some() {
+                        slot.show(DeviceState::Ready, None);
+                    }
+                    true
+                }
+                (false, true, _) => {
+                    slot.show(DeviceState::Unlisted, Some("no longer listed, but copies lie on it".into()));
+                    true
+                }
+                (false, false, Some(boot)) => {
+                    server.close_device(boot);
+                    false
+                }
+                // One that is being opened is forgotten when that is over.
+                (false, false, None) => slot.again.is_none(),
+            }
+        });
+    }
+
+    /// When something is to be looked at again.
+    pub(crate) fn again(&self) -> Option<Instant> {
+        self.slots.iter().filter_map(|slot| slot.again).min()
+    }
+
+    /// Begins what is due.
+    pub(crate) fn begin(&mut self, server: &Rc<Server>) {
+        let now = Instant::now();
+        if !self.slots.iter().any(|slot| slot.again.is_some_and(|at| at <= now)) {
+            return;
+        }
+        let Some(id) = self.server else { return self.find_identity(now) };
+        for slot in self.slots.iter_mut().filter(|slot| slot.again.is_some_and(|at| at <= now)) {
+            slot.again = None;
+            slot.show(DeviceState::Opening, None);
+            let boot = BootId(opening::id());
+            let options = OpenOptions {
+                identity: Identity { cluster: self.cluster, server: id },
+                boot,
+                atomic4k: slot.spec.atomic4k,
+            };
+            let (spec, outcomes, sink) = (slot.spec.clone(), self.outcomes.clone(), server.inbox.sink(boot));
+            tokio::task::spawn_blocking(move || {
+                let result = opening::open(&spec, &options, sink);
+                // The server is stopping if nobody takes it.
+                let _ = outcomes.blocking_send(Outcome::Opened { path: spec.path, result });
+            });
+        }
+    }
+
+    /// Looks at all devices to tell whose this server is.
+    fn find_identity(&mut self, now: Instant) {
+        for slot in &mut self.slots {
+            slot.again = None;
+        }
+        let _ = now;
+        let paths: Vec<PathBuf> = self.slots.iter().map(|slot| slot.spec.path.clone()).collect();
+        let (cluster, outcomes) = (self.cluster, self.outcomes.clone());
+        tokio::task::spawn_blocking(move || {
+            let found = opening::find_identity(&paths, cluster);
+            let _ = outcomes.blocking_send(Outcome::Identity(found));
+        });
+    }
+
+    /// Takes what a piece of work came to.
+    pub(crate) fn took(&mut self, outcome: Outcome, server: &Rc<Server>) {
+        match outcome {
+            Outcome::Identity(Ok(id)) => {
+                self.server.get_or_insert(id);
+                self.slots.iter_mut().for_each(|slot| slot.again = Some(Instant::now()));
+            }
+            Outcome::Identity(Err(reason)) => {
+                for slot in &mut self.slots {
+                    slot.failed(DeviceState::Failed, reason.clone());
+                }
+            }
+            Outcome::Opened { path, result } => self.opened_one(&path, result, server),
+            Outcome::Grown { path, result } => match (result, self.slot(&path)) {
+                (Ok(()), Some(slot)) => slot.view.boot.into_iter().for_each(|boot| server.grow(boot)),
+                (Err(why), _) => tracing::error!(device = %path.display(), "cannot grow: {why}"),
+                _ => {}
+            },
+        }
+        self.begin(server);
+    }
+
+    fn opened_one(&mut self, path: &Path, result: Result<(Device, Opened), Failure>, server: &Rc<Server>) {
+        let Some(slot) = self.slot(path) else { return };
+        match result {
+            Ok((device, opened)) => {
+                tracing::info!(device = %path.display(), id = %opened.device, boot = %opened.boot, copies = opened.copies.len(), "device opened");
+                slot.view.id = Some(opened.device);
+                slot.view.boot = Some(opened.boot);
+                slot.in_a_row = 0;
+                slot.show(DeviceState::Ready, None);
+                server.device_opened(device, opened);
+            }
+            Err(failure) => slot.failed(failure.state, failure.reason),
+        }
+        if self.slots.iter().any(|slot| !slot.listed) {
+            self.drop_unlisted(server);
+        }
+    }
+
+    /// The machine closed this opening (R3): the device is opened anew after a pause.
+    pub(crate) fn closed(&mut self, boot: BootId, device: Device) {
+        // Its thread has ended with the failure, or ends now; either may wait for the disk.
+        tokio::task::spawn_blocking(move || drop(device));
+        if let Some(slot) = self.slots.iter_mut().find(|slot| slot.view.boot == Some(boot)) {
+            slot.view.boot = None;
+            slot.failed(DeviceState::Failed, "an operation failed; the log names it".into());
+        }
+    }
+
+    fn slot(&mut self, path: &Path) -> Option<&mut Slot> {
+        self.slots.iter_mut().find(|slot| slot.spec.path == path)
+    }
+}
+
+fn grow(spec: DeviceSpec, outcomes: mpsc::Sender<Outcome>) {
+    tokio::task::spawn_blocking(move || {
+        let result = spec.size.map_or(Ok(()), |bytes| store::grow_file(&spec.path, bytes));
+        let _ = outcomes.blocking_send(Outcome::Grown { path: spec.path, result });
+    });
+}
+
+impl Slot {
+    fn new(spec: DeviceSpec) -> Self {
+        let view = DeviceView {
+            path: spec.path.clone(),
+            state: DeviceState::Opening,
+            reason: None,
+            id: None,
+            boot: None,
+            failures: 0,
+        };
+        Self { spec, listed: true, view, in_a_row: 0, again: Some(Instant::now()) }
+    }
+
+    fn show(&mut self, state: DeviceState, reason: Option<String>) {
+        self.view.state = state;
+        self.view.reason = reason;
+    }
+
+    fn failed(&mut self, state: DeviceState, reason: String) {
+        let pause = match state {
+            DeviceState::Missing => MISSING_PAUSE,
+            DeviceState::Refused => MAX_PAUSE,
+            _ => MAX_PAUSE.min(FIRST_PAUSE * 2u32.saturating_pow(self.in_a_row.min(16))),
+        };
+        self.in_a_row += 1;
+        self.view.failures += u64::from(state == DeviceState::Failed);
+        // The same again is not worth a line.
+        if self.in_a_row == 1 || self.view.reason.as_ref() != Some(&reason) {
+            tracing::error!(device = %self.spec.path.display(), ?state, "device is not used: {reason}");
+        }
+        self.show(state, Some(reason));
+        self.again = Some(Instant::now() + pause);
+    }
+}
