@@ -1,9 +1,17 @@
 # Every target is plain lines that also work typed by hand. `make help` lists them.
 SHELL := /bin/bash
-.PHONY: help setup test quick unit simulate cluster-tools fmt fuzz golden clean
+.PHONY: help demo clean-demo setup test quick unit simulate cluster-tools fmt fuzz golden clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
+
+demo: setup ## a real Kubernetes, PostgreSQL on a 2-copy volume, a storage server killed: nothing lost (leaves it up)
+	./e2e/cluster/build-tools.sh
+	cargo build --release -p lamina-operator -p lamina-storage-node -p lamina-csi-node -p lamina-demo
+	target/release/lamina-demo run
+
+clean-demo: ## remove the demo's cluster, its state and its images
+	cargo run --release -q -p lamina-demo -- clean
 
 setup: ## install what builds and tests need from Debian's packages (root; idempotent)
 	./e2e/setup.sh

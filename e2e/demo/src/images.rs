@@ -45,23 +45,34 @@ pub fn source_tree() -> PathBuf {
     own.ancestors().nth(2).unwrap_or(own).to_path_buf()
 }
 
-/// Where the programs are, or will be.
+/// Where the programs are, or will be: beside this one, so that both are of one build. `LAMINA_PROGRAMS` names another folder.
 #[must_use]
 pub fn programs_dir() -> PathBuf {
-    std::env::var_os("LAMINA_PROGRAMS").map_or_else(|| source_tree().join("target/release"), PathBuf::from)
+    if let Some(dir) = std::env::var_os("LAMINA_PROGRAMS") {
+        return PathBuf::from(dir);
+    }
+    let own = std::env::current_exe().unwrap_or_default();
+    // Tests lie one folder deeper.
+    let dir = own.parent().unwrap_or(Path::new(""));
+    dir.parent().filter(|_| dir.ends_with("deps")).unwrap_or(dir).to_path_buf()
 }
 
-/// Builds the programs, with cargo's own progress on the terminal. `LAMINA_PROGRAMS` names a folder that has them already.
+/// Builds the programs, with cargo's own progress on the terminal, unless `LAMINA_PROGRAMS` names a folder that has them.
 ///
 /// # Errors
 /// cargo fails.
 pub fn build_programs() -> Result<(), BuildError> {
+    let dir = programs_dir();
     if std::env::var_os("LAMINA_PROGRAMS").is_some() {
         return Ok(());
     }
     let mut cargo = Command::new("cargo");
-    cargo.args(["build", "--release", "--target-dir", "target"]).current_dir(source_tree());
-    let status = cargo.args(PROGRAMS.iter().flat_map(|name| ["-p", name])).status().map_err(BuildError::NoCargo)?;
+    cargo.arg("build").args(PROGRAMS.iter().flat_map(|name| ["-p", name])).current_dir(source_tree());
+    cargo.arg("--target-dir").arg(dir.parent().unwrap_or(&dir));
+    if dir.ends_with("release") {
+        cargo.arg("--release");
+    }
+    let status = cargo.status().map_err(BuildError::NoCargo)?;
     if status.success() { Ok(()) } else { Err(BuildError::Failed) }
 }
 

@@ -13,7 +13,7 @@ use lamina_demo::{check, kube, log};
 
 const EXAMPLES: &str = "Examples:
   lamina-demo run                      a Kubernetes, PostgreSQL on a 2-copy volume, servers killed, nothing lost
-  lamina-demo run --keep               the same on the cluster of the run before
+  lamina-demo run --keep               the story again on the cluster of the run before
   lamina-demo check --log commits.log  is every logged commit in the database?
   lamina-demo clean                    removes the cluster, its state and the images
 
@@ -34,7 +34,7 @@ enum Verb {
         /// How many nodes run pods and storage servers
         #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(2..=9))]
         nodes: u8,
-        /// Go on with the cluster of an earlier run instead of a new one
+        /// The story again on the cluster and the programs of an earlier run, as they are
         #[arg(long)]
         keep: bool,
     },

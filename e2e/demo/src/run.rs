@@ -118,12 +118,12 @@ struct Scene<'a> {
     volume: String,
 }
 
-/// Runs the demo. With `keep`, on the cluster of an earlier run if there is one.
+/// Runs the demo. With `keep`, on the cluster and the programs of an earlier run, as they are.
 ///
 /// # Errors
 /// The first [`Miss`].
 pub fn run(places: &Places, nodes: u8, keep: bool, teller: &Teller) -> Result<(), Miss> {
-    let cluster = prepare(places, nodes, keep, teller)?;
+    let cluster = if keep { Cluster::open(&places.cluster)? } else { prepare(places, nodes, teller)? };
     let pod = start_postgres(&cluster, teller)?;
     let volume = kube::volume_of_claim(&cluster, "postgres")?;
     teller.say(format_args!("PostgreSQL runs on {} on the volume {}", pod.spec.node_name, volume.metadata.name));
@@ -148,15 +148,13 @@ pub fn run(places: &Places, nodes: u8, keep: bool, teller: &Teller) -> Result<()
 }
 
 /// Programs, cluster, images, chart.
-fn prepare(places: &Places, nodes: u8, keep: bool, teller: &Teller) -> Result<Cluster, Miss> {
+fn prepare(places: &Places, nodes: u8, teller: &Teller) -> Result<Cluster, Miss> {
     teller.title("programs");
     let tools = teller.step("the programs of Kubernetes (the first build takes 10 to 20 minutes)", tools)?;
-    teller.step("Lamina's programs (cargo build --release)", images::build_programs)?;
+    teller.step("Lamina's programs (cargo build)", images::build_programs)?;
     let tars = teller.step("images, without a daemon or a registry", || images::all(&tools))?;
     teller.title(format_args!("a Kubernetes with {nodes} nodes on this machine"));
-    if !keep {
-        Cluster::down(&places.cluster, &|line| teller.say(line))?;
-    }
+    Cluster::down(&places.cluster, &|line| teller.say(line))?;
     let cluster = Cluster::up(places.cluster.clone(), &tools, nodes, &|line| teller.say(line))?;
     teller.step("images into the nodes", || tars.iter().try_for_each(|tar| cluster.import_image(tar)))?;
     teller.title("Lamina");
