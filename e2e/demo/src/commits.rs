@@ -83,14 +83,15 @@ pub struct Clients {
 }
 
 impl Clients {
-    /// Makes the table and starts so many clients that log to one file.
+    /// Makes the table anew and starts so many clients that log to one file.
     ///
     /// # Errors
     /// The database refuses, or the log cannot be opened.
     pub fn start(host: &str, log: &Path, count: u32) -> Result<Self, CommitError> {
         let mut client = database(host).connect(NoTls)?;
         client.batch_execute(
-            "create table if not exists commits (client int, n bigint, payload text not null, primary key (client, n))",
+            "drop table if exists commits;
+             create table commits (client int, n bigint, payload text not null, primary key (client, n))",
         )?;
         let (stop, acknowledged, last_ms) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(now_ms()));
         let shared = Arc::new(Shared { stop, acknowledged, last_ms, host: Mutex::new(host.to_owned()) });
