@@ -326,6 +326,10 @@ pub(crate) async fn volume(verb: Volume) -> anyhow::Result<ExitCode> {
     }
 }
 
+fn is_host_port(text: &str) -> bool {
+    text.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok_and(|p| p > 0))
+}
+
 async fn show(at: &At, kind: &str, name: &str) -> anyhow::Result<ExitCode> {
     let object = get(at, kind, name).await?;
     print(at, &object, |object| serde_yaml::to_string(object).unwrap_or_default())
@@ -334,7 +338,7 @@ async fn show(at: &At, kind: &str, name: &str) -> anyhow::Result<ExitCode> {
 pub(crate) async fn server(verb: Server) -> anyhow::Result<ExitCode> {
     match verb {
         Server::Add { name, control, data, zone, at } => {
-            if let Some(wrong) = control.iter().chain(&data).find(|address| !address.contains(':')) {
+            if let Some(wrong) = control.iter().chain(&data).find(|address| !is_host_port(address)) {
                 bail!("{wrong} is not host:port");
             }
             let spec = zone.map_or(json!({}), |zone| json!({"zone": zone}));

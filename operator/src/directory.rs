@@ -123,10 +123,15 @@ impl Directory {
         let _ordered = self.0.order.lock().await;
         let (files, owned) = (self.0.files.clone(), name.to_owned());
         let (result, left) = blocking(move || change_file(&files, &owned, decide)).await?;
-        let changes = match left {
-            Left::AsBefore => return Ok(result),
-            Left::Replaced(object) => K::apply(&mut self.index(), *object),
-            Left::Gone => K::delete(&mut self.index(), name),
+        let changes = {
+            let mut index = self.index();
+            match left {
+                // Also when nothing was changed: what the file holds is believed, whoever wrote it.
+                Some(object) if K::known(&index, name) == Some(&*object) => return Ok(result),
+                None if K::known(&index, name).is_none() => return Ok(result),
+                Some(object) => K::apply(&mut index, *object),
+                None => K::delete(&mut index, name),
+            }
         };
         self.say(changes).await;
         Ok(result)
@@ -183,30 +188,25 @@ fn load(files: &Files) -> Result<(Index, u64), StoreError> {
     Ok((index, files.count_lease_up(0)?))
 }
 
-/// What stands in a file afterwards.
-enum Left<K> {
-    AsBefore,
-    Replaced(Box<K>),
-    Gone,
-}
-
+/// Gives what stands in the file afterwards, too.
 fn change_file<K: Stored, R>(
     files: &Files,
     name: &str,
     decide: impl FnOnce(&mut Option<K>) -> Verdict<R>,
-) -> Result<(R, Left<K>), StoreError> {
+) -> Result<(R, Option<Box<K>>), StoreError> {
     let lock = files.lock()?;
-    let mut object: Option<K> = files.read(&lock, name)?;
+    let before: Option<K> = files.read(&lock, name)?;
+    let mut object = before.clone();
     match decide(&mut object) {
-        Verdict::Keep(result) => Ok((result, Left::AsBefore)),
+        Verdict::Keep(result) => Ok((result, before.map(Box::new))),
         Verdict::Replace(result) => {
             let object = object.expect("whoever replaces leaves what shall stand there");
             files.write(&lock, name, &object)?;
-            Ok((result, Left::Replaced(Box::new(object))))
+            Ok((result, Some(Box::new(object))))
         }
         Verdict::Remove(result) => {
             files.remove::<K>(&lock, name)?;
-            Ok((result, Left::Gone))
+            Ok((result, None))
         }
     }
 }

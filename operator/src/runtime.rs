@@ -253,7 +253,7 @@ impl Runtime {
     }
 
     fn take_server_gone(&mut self, name: &str) -> Result<(), Died> {
-        self.connections.remove(name);
+        self.disconnect(name);
         let Some(known) = self.servers.remove(name) else { return Ok(()) };
         self.shown.forget_server(name);
         if self.by_id.get(&known.id()).is_some_and(|owner| owner == name) {
@@ -261,6 +261,11 @@ impl Runtime {
             return self.take(Input::ServerGone { server: known.id() });
         }
         Ok(())
+    }
+
+    fn disconnect(&mut self, name: &str) {
+        let unanswered = self.connections.remove(name).map(Connection::end);
+        self.follow.extend(unanswered.into_iter().flatten());
     }
 
     /// Makes the connection to a server anew if it is to go elsewhere.
@@ -274,7 +279,7 @@ impl Runtime {
         if self.connections.get(&known.name).is_some_and(|c| c.target == target) {
             return;
         }
-        self.connections.remove(&known.name);
+        self.disconnect(&known.name);
         let dialled = !target.server.is_none() || self.store.meets_servers();
         if dialled && !target.addresses.is_empty() {
             let connection = Connection::start(target, self.words.clone());

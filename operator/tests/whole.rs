@@ -23,6 +23,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Options, and what stops the leader when it is dropped.
 fn options(cluster: ClusterId, die_at: Option<FailPoint>) -> (Options, watch::Sender<bool>) {
+    // Said when it fails, if LAMINA_LOG asks for it; the first test sets it for all.
+    let filter = tracing_subscriber::EnvFilter::from_env("LAMINA_LOG");
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_test_writer().try_init();
     let (stopping, stop) = watch::channel(false);
     let (metrics, front) = (Metrics::default(), Front::default());
     (Options { cluster, mint: lamina_operator::mint, die_at, metrics, front, stop }, stopping)

@@ -17,11 +17,13 @@ use crate::index::Index;
 use crate::store::{Change, StoreError};
 
 /// A kind that is kept in files.
-pub trait Stored: Serialize + DeserializeOwned + ResourceExt + Clone + Send + 'static {
+pub trait Stored: Serialize + DeserializeOwned + ResourceExt + Clone + PartialEq + Send + 'static {
     /// Its kind, as the API spells it.
     const KIND: &'static str;
     /// Its folder.
     const FOLDER: &'static str;
+    /// As an index has it.
+    fn known<'a>(index: &'a Index, name: &str) -> Option<&'a Self>;
     /// Puts it into an index.
     fn apply(index: &mut Index, object: Self) -> Vec<Change>;
     /// Takes it out.
@@ -31,6 +33,9 @@ pub trait Stored: Serialize + DeserializeOwned + ResourceExt + Clone + Send + 's
 impl Stored for Volume {
     const KIND: &'static str = "Volume";
     const FOLDER: &'static str = "volumes";
+    fn known<'a>(index: &'a Index, name: &str) -> Option<&'a Self> {
+        index.volume(name)
+    }
     fn apply(index: &mut Index, object: Self) -> Vec<Change> {
         index.apply_volume(object)
     }
@@ -42,6 +47,9 @@ impl Stored for Volume {
 impl Stored for StorageServer {
     const KIND: &'static str = "StorageServer";
     const FOLDER: &'static str = "servers";
+    fn known<'a>(index: &'a Index, name: &str) -> Option<&'a Self> {
+        index.server(name)
+    }
     fn apply(index: &mut Index, object: Self) -> Vec<Change> {
         index.apply_server(object)
     }
@@ -53,6 +61,9 @@ impl Stored for StorageServer {
 impl Stored for ReplicationPolicy {
     const KIND: &'static str = "ReplicationPolicy";
     const FOLDER: &'static str = "policies";
+    fn known<'a>(index: &'a Index, name: &str) -> Option<&'a Self> {
+        index.policy(name)
+    }
     fn apply(index: &mut Index, object: Self) -> Vec<Change> {
         index.apply_policy(object)
     }

@@ -5,6 +5,7 @@
 //! that is not there longer than one try to connect.
 
 use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use lamina_control_api::storage::{Caller, Connected, Expected, ServerIdentity, ServerWord, Words, connect};
@@ -38,11 +39,19 @@ pub(super) enum Word {
     Met { name: String, identity: Box<ServerIdentity> },
 }
 
+/// Calls that were given and not answered yet.
+type Open = Arc<Mutex<BTreeSet<CallId>>>;
+
+fn lock(open: &Open) -> MutexGuard<'_, BTreeSet<CallId>> {
+    open.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// A running connection; ends when dropped.
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) target: Target,
     calls: mpsc::Sender<(CallId, ControlRequest)>,
+    open: Open,
     task: AbortHandle,
 }
 
@@ -55,14 +64,27 @@ impl Drop for Connection {
 impl Connection {
     pub(super) fn start(target: Target, words: mpsc::Sender<Word>) -> Self {
         let (calls, taken) = mpsc::channel(QUEUE);
-        let line = Line { target: target.clone(), words, failure: String::new() };
+        let open = Open::default();
+        let line = Line { target: target.clone(), words, open: Arc::clone(&open), failure: String::new() };
         let task = tokio::spawn(line.run(taken)).abort_handle();
-        Self { target, calls, task }
+        Self { target, calls, open, task }
     }
 
     /// Hands a call in; `false` = unreachable.
     pub(super) fn call(&self, call: CallId, request: ControlRequest) -> bool {
-        self.calls.try_send((call, request)).is_ok()
+        lock(&self.open).insert(call);
+        let queued = self.calls.try_send((call, request)).is_ok();
+        if !queued {
+            lock(&self.open).remove(&call);
+        }
+        queued
+    }
+
+    /// Ends it; gives what nobody will answer any more.
+    pub(super) fn end(self) -> Vec<Input> {
+        self.task.abort();
+        let open = std::mem::take(&mut *lock(&self.open));
+        open.into_iter().map(|call| Input::Unreachable { server: self.target.server, call }).collect()
     }
 }
 
@@ -71,6 +93,7 @@ type Calls = mpsc::Receiver<(CallId, ControlRequest)>;
 struct Line {
     target: Target,
     words: mpsc::Sender<Word>,
+    open: Open,
     /// Of the last try, so that it is logged once.
     failure: String,
 }
@@ -125,10 +148,10 @@ impl Line {
         if id.is_none() {
             return Ok(());
         }
-        let mut open = BTreeSet::new();
-        let result = self.converse(id, &caller, &mut words, calls, &mut open).await;
-        for call in open {
-            self.tell(Word::Said(Input::Unreachable { server: id, call })).await?;
+        let mut sent = BTreeSet::new();
+        let result = self.converse(id, &caller, &mut words, calls, &mut sent).await;
+        for call in sent {
+            self.answer(call, Input::Unreachable { server: id, call }).await?;
         }
         result
     }
@@ -139,13 +162,13 @@ impl Line {
         caller: &Caller,
         words: &mut Words,
         calls: &mut Calls,
-        open: &mut BTreeSet<CallId>,
+        sent: &mut BTreeSet<CallId>,
     ) -> Result<(), Over> {
         loop {
             tokio::select! {
                 call = calls.recv() => {
                     let Some((call, request)) = call else { return Err(Over) };
-                    open.insert(call);
+                    sent.insert(call);
                     if caller.call(lamina_protocol::storage_server::CallId(call.0), &request).is_err() {
                         return Ok(());
                     }
@@ -157,11 +180,9 @@ impl Line {
                             tracing::error!(server = self.target.name, %why, "the server does not make sense");
                             return Ok(());
                         }
-                        Some(Ok(word)) => input(id, word, open),
+                        Some(Ok(word)) => word,
                     };
-                    if let Some(input) = said {
-                        self.tell(Word::Said(input)).await?;
-                    }
+                    self.hear(id, said, sent).await?;
                 }
             }
         }
@@ -176,26 +197,38 @@ impl Line {
                 biased;
                 call = calls.recv() => {
                     let Some((call, _)) = call else { return Err(Over) };
-                    self.tell(Word::Said(Input::Unreachable { server: self.target.server, call })).await?;
+                    self.answer(call, Input::Unreachable { server: self.target.server, call }).await?;
                 }
                 () = &mut end => return Ok(()),
             }
         }
     }
 
+    /// What a server's word means to the leader; an answer to no open call means nothing.
+    async fn hear(&self, server: ServerId, word: ServerWord, sent: &mut BTreeSet<CallId>) -> Result<(), Over> {
+        match word {
+            ServerWord::Answer { call, reply } => {
+                let call = CallId(call.0);
+                if sent.remove(&call) { self.answer(call, Input::Reply { server, call, reply }).await } else { Ok(()) }
+            }
+            ServerWord::AskMap { volume, at_least } => {
+                self.tell(Word::Said(Input::MapWanted { server, volume, at_least })).await
+            }
+            ServerWord::StaleSeen(seen) => self.tell(Word::Said(Input::Stale { server, seen })).await,
+        }
+    }
+
+    /// Answers a call, unless its owner has given the connection up meanwhile.
+    async fn answer(&self, call: CallId, answer: Input) -> Result<(), Over> {
+        // The room first: between taking the call out and telling there is nothing that may be aborted.
+        let room = self.words.reserve().await.map_err(|_| Over)?;
+        if lock(&self.open).remove(&call) {
+            room.send(Word::Said(answer));
+        }
+        Ok(())
+    }
+
     async fn tell(&self, word: Word) -> Result<(), Over> {
         self.words.send(word).await.map_err(|_| Over)
-    }
-}
-
-/// What a server's word means to the leader; an answer to no open call means nothing.
-fn input(server: ServerId, word: ServerWord, open: &mut BTreeSet<CallId>) -> Option<Input> {
-    match word {
-        ServerWord::Answer { call, reply } => {
-            let call = CallId(call.0);
-            open.remove(&call).then_some(Input::Reply { server, call, reply })
-        }
-        ServerWord::AskMap { volume, at_least } => Some(Input::MapWanted { server, volume, at_least }),
-        ServerWord::StaleSeen(seen) => Some(Input::Stale { server, seen }),
     }
 }
