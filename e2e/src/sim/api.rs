@@ -169,10 +169,8 @@ impl World {
                 let outcome = self.write_status(process, guard, next);
                 leader(Input::Written { call: *call, outcome })
             }
-            StoreCall::Release { call, .. } => leader(Input::Written { call: *call, outcome: Written::Conflict }),
-            StoreCall::Read => {
-                leader(Input::Volume { object: (*self.store.object).clone(), source: Source::Read })
-            }
+            StoreCall::Release { call } => leader(Input::Written { call: *call, outcome: Written::Conflict }),
+            StoreCall::Read => leader(Input::Volume { object: (*self.store.object).clone(), source: Source::Read }),
             StoreCall::Lease => self.lease(process),
             StoreCall::RaiseLease { above } => {
                 self.store.lease_number = self.store.lease_number.max(above + 1);
@@ -220,7 +218,7 @@ impl World {
 /// What an operator thinks of a call that was not answered.
 fn unknown(call: &StoreCall) -> Option<StoreAnswer> {
     match call {
-        StoreCall::Write { call, .. } | StoreCall::Release { call, .. } => {
+        StoreCall::Write { call, .. } | StoreCall::Release { call } => {
             Some(StoreAnswer::Leader(Box::new(Input::Written { call: *call, outcome: Written::Unknown })))
         }
         StoreCall::Lease => Some(StoreAnswer::LeaseUnknown),

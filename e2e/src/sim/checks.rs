@@ -55,7 +55,8 @@ impl World {
         }
         let Some(place) = place else { return };
         let Some(map) = self.store.maps.get(&generation) else {
-            return self.fail("I8", format!("server {n} served a read of generation {generation}, which nobody committed"));
+            return self
+                .fail("I8", format!("server {n} served a read of generation {generation}, which nobody committed"));
         };
         let layer = map.layers.iter().find(|l| l.id == place.layer).expect("the driver reads layers of its map");
         let member = map.member_on(layer.placement, place.group, self.servers[n].id);
@@ -108,7 +109,12 @@ impl World {
             }
         }
         if let Some((block, member)) = missing {
-            self.fail("I1", format!("a write of block {block} was acknowledged under generation {generation}, {member:?} never had it"));
+            self.fail(
+                "I1",
+                format!(
+                    "a write of block {block} was acknowledged under generation {generation}, {member:?} never had it"
+                ),
+            );
         }
     }
 
@@ -123,7 +129,10 @@ impl World {
         self.note(|| format!("COMMIT {}", words(&map, status.proposed.is_some())));
         self.counters.count("commits");
         if map.generation != status.generation || map.validate().is_err() {
-            return self.fail("map", format!("generation {} was committed with a map that is none: {map:?}", status.generation));
+            return self.fail(
+                "map",
+                format!("generation {} was committed with a map that is none: {map:?}", status.generation),
+            );
         }
         let mut raised = false;
         if let Some(old) = &before.map {
@@ -142,9 +151,9 @@ impl World {
     }
 
     fn check_group(&mut self, map: &VolumeMap, number: u32, was: &Group, group: &Group) {
-        let kept = group.in_state(MemberState::Active).any(|m| {
-            was.in_state(MemberState::Active).any(|old| old.copy == m.copy && old.boot == m.boot)
-        });
+        let kept = group
+            .in_state(MemberState::Active)
+            .any(|m| was.in_state(MemberState::Active).any(|old| old.copy == m.copy && old.boot == m.boot));
         let raised = group.loss > was.loss;
         let had = was.first_active().is_some();
         let has = group.first_active().is_some();
@@ -152,7 +161,11 @@ impl World {
             let what = format!(
                 "group {number} of generation {}: {} (H5): {was:?} -> {group:?}",
                 map.generation,
-                if raised { "a loss is raised although a member kept its boot id" } else { "no loss is raised although none kept its boot id" },
+                if raised {
+                    "a loss is raised although a member kept its boot id"
+                } else {
+                    "no loss is raised although none kept its boot id"
+                },
             );
             self.fail("loss", what);
         }
@@ -183,11 +196,13 @@ impl World {
             (Some(MemberState::Failed), MemberState::Syncing) => self.counters.count("reached: a member rejoined"),
             (None, MemberState::Syncing) => self.counters.count("reached: a member was replaced"),
             (Some(MemberState::Active), MemberState::Failed) => self.counters.count("reached: an Active member failed"),
-            (Some(MemberState::Syncing), MemberState::Failed) => self.counters.count("reached: a Syncing member failed"),
-            (Some(MemberState::Active), MemberState::Active) => {
-                if was.is_some_and(|w| w.boot != member.boot) && !raised {
-                    self.fail("loss", format!("{member:?} restarted and stays Active without a loss"));
-                }
+            (Some(MemberState::Syncing), MemberState::Failed) => {
+                self.counters.count("reached: a Syncing member failed")
+            }
+            (Some(MemberState::Active), MemberState::Active)
+                if was.is_some_and(|w| w.boot != member.boot) && !raised =>
+            {
+                self.fail("loss", format!("{member:?} restarted and stays Active without a loss"));
             }
             _ => {}
         }
@@ -221,7 +236,8 @@ impl World {
         let handled = map.sessions.iter().all(|s| s.handled >= map.loss());
         let exact = strictly || (handled && !map.settling() && self.register.losses() == 0);
         for (_, number, group) in map.groups() {
-            let open: Vec<&Member> = group.in_state(MemberState::Active).filter(|m| self.is_open(m.copy, m.boot)).collect();
+            let open: Vec<&Member> =
+                group.in_state(MemberState::Active).filter(|m| self.is_open(m.copy, m.boot)).collect();
             for page in 0..geometry.pages(number) {
                 for block in 0..geometry.page_blocks() {
                     let address = geometry.address_of(number, page, block * 4096);
@@ -243,7 +259,9 @@ impl World {
     }
 
     fn is_open(&self, copy: CopyId, boot: BootId) -> bool {
-        self.servers.iter().any(|s| s.machine.is_some() && s.disks.iter().any(|d| d.boot() == Some(boot) && d.has_copy(copy)))
+        self.servers
+            .iter()
+            .any(|s| s.machine.is_some() && s.disks.iter().any(|d| d.boot() == Some(boot) && d.has_copy(copy)))
     }
 
     fn on_disk(&self, member: &Member, (layer, page, block): (&Layer, u64, u32)) -> (BlockState, u64, bool) {
@@ -262,7 +280,9 @@ impl World {
             let bad = one.0 == BlockState::Stale || other.0 == BlockState::Stale;
             if one.1 != other.1 && !bad && (strictly || (!one.2 && !other.2)) {
                 let (_, page, block) = place;
-                return Some(format!("block {block} of page {page} differs: {first:?} has {one:?}, {member:?} has {other:?}"));
+                return Some(format!(
+                    "block {block} of page {page} differs: {first:?} has {one:?}, {member:?} has {other:?}"
+                ));
             }
         }
         None
@@ -272,7 +292,9 @@ impl World {
         members.iter().find_map(|member| {
             let (state, stamp, pending) = self.on_disk(member, place);
             let wrong = stamp != content && state != BlockState::Stale;
-            wrong.then(|| format!("{member:?} has {state:?} {:#x} (pending: {pending}), acknowledged is {content:#x}", stamp))
+            wrong.then(|| {
+                format!("{member:?} has {state:?} {:#x} (pending: {pending}), acknowledged is {content:#x}", stamp)
+            })
         })
     }
 }

@@ -5,8 +5,8 @@ use super::event::{Event, Host, Process};
 use super::net::{Leaving, Message, Purpose};
 use super::plan::Ask;
 use super::servers::brief;
-use super::world::{VOLUME, World};
 use super::stamp;
+use super::world::{VOLUME, World};
 use lamina_protocol::driver::{Config, Driver, Input, LinkId, Op, OpError, Output, Tag};
 use lamina_protocol::ids::{Generation, ServerId, SessionId};
 use lamina_protocol::management::{SessionState, VolumeObject};
@@ -193,7 +193,9 @@ impl World {
         if !device.is_empty() {
             self.counters.count("reached: take-over with requests in flight");
         }
-        self.note(|| format!("driver {client}.{} has the device, with {} requests given back", process.epoch, device.len()));
+        self.note(|| {
+            format!("driver {client}.{} has the device, with {} requests given back", process.epoch, device.len())
+        });
         for tag in device {
             self.submit(process, tag);
         }
@@ -346,7 +348,12 @@ impl World {
             Ask::Discard(block, count) => Op::Discard { address: block * BLOCK, length: count * BLOCK },
             Ask::Flush => Op::Flush,
         };
-        self.note(|| format!("client {client} {ask} (request {tag:x}{})", stamps.first().map_or(String::new(), |s| format!(", write {}", s >> 16))));
+        self.note(|| {
+            format!(
+                "client {client} {ask} (request {tag:x}{})",
+                stamps.first().map_or(String::new(), |s| format!(", write {}", s >> 16))
+            )
+        });
         self.counters.count("operations");
         self.clients[client].device.insert(tag, Request { ask, op, asked_at: self.now });
         let holder = self.clients[client].processes.iter().find(|(_, r)| r.holds_device);

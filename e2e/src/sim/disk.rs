@@ -67,7 +67,8 @@ impl DiskPage {
     }
 
     fn has_entry(&self) -> bool {
-        let holds = |cell: &Cell| cell.current().state != BlockState::Absent || cell.durable.state != BlockState::Absent;
+        let holds =
+            |cell: &Cell| cell.current().state != BlockState::Absent || cell.durable.state != BlockState::Absent;
         self.slot || self.unsynced || self.pending || self.missed != 0 || self.cells.iter().any(holds)
     }
 }
@@ -212,7 +213,10 @@ impl Disk {
             MediumOp::Shape { page, changes } => self.shape(page, &changes),
             MediumOp::Allocate(pages) => self.allocate(&pages),
             MediumOp::NextPage { copy, layer, from } => {
-                let next = self.pages.iter().find(|(k, p)| k.copy == copy && k.layer == layer && k.page >= from && p.has_entry());
+                let next = self
+                    .pages
+                    .iter()
+                    .find(|(k, p)| k.copy == copy && k.layer == layer && k.page >= from && p.has_entry());
                 MediumAnswer::NextPage(next.map(|(key, _)| key.page))
             }
             MediumOp::Flush => {
@@ -228,8 +232,13 @@ impl Disk {
         for (block, cell) in page.cells.iter().enumerate() {
             blocks.set(block as u32, cell.current().state);
         }
-        let PageKey { .. } = key;
-        Some(PageRecord { allocated: page.slot, blocks, unsynced: page.unsynced, pending: page.pending, missed: page.missed })
+        Some(PageRecord {
+            allocated: page.slot,
+            blocks,
+            unsynced: page.unsynced,
+            pending: page.pending,
+            missed: page.missed,
+        })
     }
 
     fn read(&self, key: &PageKey, blocks: std::ops::Range<u32>) -> MediumAnswer {
@@ -356,11 +365,6 @@ impl Disk {
         self.copies.values()
     }
 
-    /// What is kept of a volume.
-    pub(super) fn blob(&self, volume: VolumeId) -> Option<&Bytes> {
-        self.volumes.get(&volume)
-    }
-
     /// Rots a block that is present; whether there was one.
     pub(super) fn rot(&mut self, pick: u64) -> bool {
         let present = |cell: &&mut Cell| cell.current().state == BlockState::Present && !cell.current().bad;
@@ -377,9 +381,10 @@ impl Disk {
 /// The pages that an operation's effect is ordered with, and whether with all.
 fn touched(what: &MediumOp) -> (Vec<PageKey>, bool) {
     match what {
-        MediumOp::Load(page) | MediumOp::Read { page, .. } | MediumOp::Write { page, .. } | MediumOp::Shape { page, .. } => {
-            (vec![*page], false)
-        }
+        MediumOp::Load(page)
+        | MediumOp::Read { page, .. }
+        | MediumOp::Write { page, .. }
+        | MediumOp::Shape { page, .. } => (vec![*page], false),
         MediumOp::Allocate(pages) => (pages.clone(), false),
         MediumOp::NextPage { .. } | MediumOp::Flush => (Vec::new(), false),
         MediumOp::Commit(records) => {

@@ -43,7 +43,7 @@ pub(super) struct Process {
 #[derive(Clone, Debug)]
 pub(super) enum StoreCall {
     Write { call: CallId, guard: Guard, next: Box<Status> },
-    Release { call: CallId, guard: Guard },
+    Release { call: CallId },
     Read,
     Lease,
     RaiseLease { above: u64 },
@@ -54,7 +54,11 @@ pub(super) enum StoreCall {
 pub(super) enum StoreAnswer {
     Leader(Box<management::Input>),
     /// Whether it holds the lease now, and the number.
-    Lease { holds: bool, number: u64, object: Rc<VolumeObject> },
+    Lease {
+        holds: bool,
+        number: u64,
+        object: Rc<VolumeObject>,
+    },
     LeaseUnknown,
 }
 
@@ -67,29 +71,85 @@ pub(super) enum Event {
     Timed(usize),
     /// The end of a fault of the plan.
     Heal(usize),
-    Wake { process: Process, serial: u64 },
-    Dial { process: Process, to: ServerId },
-    Dialed { conn: ConnIndex },
-    DialTimedOut { conn: ConnIndex },
-    Stream { conn: ConnIndex, from: usize },
-    HeldTooLong { conn: ConnIndex, from: usize, serial: u64 },
-    Gone { conn: ConnIndex, end: usize },
-    Disk { process: Process, disk: usize, boot: BootId, op: OpId },
-    OpenDisk { process: Process, disk: usize },
+    Wake {
+        process: Process,
+        serial: u64,
+    },
+    Dial {
+        process: Process,
+        to: ServerId,
+    },
+    Dialed {
+        conn: ConnIndex,
+    },
+    DialTimedOut {
+        conn: ConnIndex,
+    },
+    Stream {
+        conn: ConnIndex,
+        from: usize,
+    },
+    HeldTooLong {
+        conn: ConnIndex,
+        from: usize,
+        serial: u64,
+    },
+    Gone {
+        conn: ConnIndex,
+        end: usize,
+    },
+    Disk {
+        process: Process,
+        disk: usize,
+        boot: BootId,
+        op: OpId,
+    },
+    OpenDisk {
+        process: Process,
+        disk: usize,
+    },
     /// A request of an application reaches a driver.
-    Submit { process: Process, tag: u64 },
-    Boot { host: Host, epoch: u32 },
-    Thaw { host: Host, number: usize },
-    StoreArrive { process: Process, call: StoreCall },
-    StoreAnswer { process: Process, answer: StoreAnswer },
-    LeaseTick { process: Process },
-    Watch { process: Process, object: Rc<VolumeObject> },
-    ClientWatch { host: usize, object: Rc<VolumeObject> },
-    Report { operator: usize, report: Box<DriverReport> },
+    Submit {
+        process: Process,
+        tag: u64,
+    },
+    Boot {
+        host: Host,
+        epoch: u32,
+    },
+    Thaw {
+        host: Host,
+        number: usize,
+    },
+    StoreArrive {
+        process: Process,
+        call: StoreCall,
+    },
+    StoreAnswer {
+        process: Process,
+        answer: StoreAnswer,
+    },
+    LeaseTick {
+        process: Process,
+    },
+    Watch {
+        process: Process,
+        object: Rc<VolumeObject>,
+    },
+    ClientWatch {
+        host: usize,
+        object: Rc<VolumeObject>,
+    },
+    Report {
+        operator: usize,
+        report: Box<DriverReport>,
+    },
     /// A look at the whole world.
     Look,
     /// The kubelet of a client's host looks whether there is something to do.
-    Kubelet { host: usize },
+    Kubelet {
+        host: usize,
+    },
 }
 
 impl Event {

@@ -123,7 +123,11 @@ impl World {
     fn cut(&mut self, from: &[Host], to: &[Host], both: bool, cut: bool) {
         for &a in from {
             for &b in to {
-                if cut { self.net.cut(a, b) } else { self.net.mend(a, b) }
+                if cut {
+                    self.net.cut(a, b)
+                } else {
+                    self.net.mend(a, b)
+                }
                 if both {
                     if cut { self.net.cut(b, a) } else { self.net.mend(b, a) }
                 }
@@ -147,10 +151,12 @@ impl World {
     fn blank_disk(&mut self, server: usize, disk: usize, down_us: u64) -> bool {
         let Some(map) = self.store.map() else { return false };
         let here = |copy| self.servers[server].disks[disk].has_copy(copy);
-        let open = |boot| self.servers.iter().any(|s| s.machine.is_some() && s.disks.iter().any(|d| d.boot() == Some(boot)));
-        let spared = map.groups().filter(|(_, _, g)| g.members.iter().any(|m| here(m.copy))).all(|(_, _, group)| {
-            group.in_state(MemberState::Active).any(|m| !here(m.copy) && open(m.boot))
-        });
+        let open =
+            |boot| self.servers.iter().any(|s| s.machine.is_some() && s.disks.iter().any(|d| d.boot() == Some(boot)));
+        let spared = map
+            .groups()
+            .filter(|(_, _, g)| g.members.iter().any(|m| here(m.copy)))
+            .all(|(_, _, group)| group.in_state(MemberState::Active).any(|m| !here(m.copy) && open(m.boot)));
         let used = self.servers[server].disks[disk].copies().next().is_some();
         if !spared || !used || self.servers[server].machine.is_none() {
             return false;

@@ -66,7 +66,8 @@ impl World {
         }
         for (n, client) in self.clients.iter().enumerate() {
             if !client.device.is_empty() {
-                let tags: Vec<String> = client.device.iter().take(4).map(|(t, r)| format!("{t:x} ({})", r.ask)).collect();
+                let tags: Vec<String> =
+                    client.device.iter().take(4).map(|(t, r)| format!("{t:x} ({})", r.ask)).collect();
                 return Some(format!("client {n} waits for {} requests: {}", client.device.len(), tags.join(", ")));
             }
         }
@@ -129,7 +130,8 @@ impl World {
             let disk = self.servers.iter().flat_map(|s| &s.disks).find(|d| d.has_copy(member.copy));
             let pending = disk.map(|d| d.pending_pages(member.copy)).unwrap_or_default();
             if !pending.is_empty() {
-                return self.fail("pending", format!("after all was quiet pages {pending:?} of {member:?} are pending"));
+                return self
+                    .fail("pending", format!("after all was quiet pages {pending:?} of {member:?} are pending"));
             }
         }
         self.counters.count("runs to the end");

@@ -190,7 +190,8 @@ impl World {
                 self.counters.count(&format!("write: {kind:?}"));
                 self.call_store(process, StoreCall::Write { call, guard, next: Box::new(next) });
             }
-            Output::Release { call, guard, .. } => self.call_store(process, StoreCall::Release { call, guard }),
+            // No run deletes its volume.
+            Output::Release { call, .. } => self.call_store(process, StoreCall::Release { call }),
             Output::Read { .. } => self.call_store(process, StoreCall::Read),
             Output::RaiseLeaseNumber { above } => self.call_store(process, StoreCall::RaiseLease { above }),
             Output::Passed { step, generation, .. } => self.passed(n, step, generation.0),

@@ -262,11 +262,17 @@ impl fmt::Display for Fault {
                 let how = if *power { "power cut at" } else { "kill -9 of" };
                 write!(f, "{how} servers {servers:?}, back after {down_ms} ms")
             }
-            Self::KillDriver { client, down_ms } => write!(f, "kill -9 of the driver of client {client}, successor after {down_ms} ms"),
+            Self::KillDriver { client, down_ms } => {
+                write!(f, "kill -9 of the driver of client {client}, successor after {down_ms} ms")
+            }
             Self::TakeOver { client } => write!(f, "a successor of the driver of client {client} starts beside it"),
             Self::PowerOffClient { client, down_ms } => write!(f, "client {client} loses power for {down_ms} ms"),
-            Self::KillOperator { operator, down_ms } => write!(f, "kill -9 of operator {operator}, back after {down_ms} ms"),
-            Self::KillLeaderAt { step, down_ms } => write!(f, "kill -9 of the leader when it passes {step:?}, back after {down_ms} ms"),
+            Self::KillOperator { operator, down_ms } => {
+                write!(f, "kill -9 of operator {operator}, back after {down_ms} ms")
+            }
+            Self::KillLeaderAt { step, down_ms } => {
+                write!(f, "kill -9 of the leader when it passes {step:?}, back after {down_ms} ms")
+            }
             Self::When { step, later_us, fault } => write!(f, "{later_us} us after a leader passes {step:?}: {fault}"),
             Self::LoseLease => write!(f, "the lease is taken from its holder"),
             Self::Freeze { host, ms } => write!(f, "{host} stands still for {ms} ms"),
@@ -275,13 +281,19 @@ impl fmt::Display for Fault {
                 write!(f, "cut {} {way} {} for {ms} ms", names(from), names(to))
             }
             Self::Break { .. } => write!(f, "connections break"),
-            Self::FailDisk { server, disk, how } => write!(f, "disk {disk} of server {server} fails at the next {how:?}"),
+            Self::FailDisk { server, disk, how } => {
+                write!(f, "disk {disk} of server {server} fails at the next {how:?}")
+            }
             Self::Rot { server, disk, .. } => write!(f, "a block on disk {disk} of server {server} rots"),
             Self::BlankDisk { server, disk, down_ms } => {
                 write!(f, "server {server} stops and comes back with a blank disk {disk} after {down_ms} ms")
             }
-            Self::SlowDisk { server, extra_us, ms } => write!(f, "disks of server {server} take {extra_us} us longer for {ms} ms"),
-            Self::Leave { server, down_ms } => write!(f, "server {server} asks to leave, is killed, back after {down_ms} ms"),
+            Self::SlowDisk { server, extra_us, ms } => {
+                write!(f, "disks of server {server} take {extra_us} us longer for {ms} ms")
+            }
+            Self::Leave { server, down_ms } => {
+                write!(f, "server {server} asks to leave, is killed, back after {down_ms} ms")
+            }
         }
     }
 }

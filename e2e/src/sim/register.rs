@@ -264,7 +264,10 @@ impl Register {
         let rotten = self.bad_blocks && matches!(request.ask, Ask::Read(..));
         if listed && !robbed && !rotten {
             let session = request.session.0;
-            return Err(Wrong(format!("'{}' of session {session:x} ended in an I/O error, for no reason (H22)", request.ask)));
+            return Err(Wrong(format!(
+                "'{}' of session {session:x} ended in an I/O error, for no reason (H22)",
+                request.ask
+            )));
         }
         Ok(())
     }
@@ -362,11 +365,6 @@ impl Register {
                 found.base = found.may.clone();
             }
         }
-    }
-
-    /// Requests that nobody has answered, of sessions that could.
-    pub(super) fn unanswered(&self) -> Vec<(u64, SessionId)> {
-        self.requests.iter().map(|(tag, r)| (*tag, r.session)).collect()
     }
 
     /// A request of a device that is no more: nobody waits for its answer.

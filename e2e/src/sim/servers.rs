@@ -118,7 +118,12 @@ impl World {
         self.thaw(Host::Server(n), None);
         let how = if cut == Cut::Power { Leaving::Silent } else { Leaving::Closed };
         self.drop_connections(process, how);
-        self.note(|| format!("server {n} is down{}", if lost > 0 { format!(", {lost} unflushed blocks lost") } else { String::new() }));
+        self.note(|| {
+            format!(
+                "server {n} is down{}",
+                if lost > 0 { format!(", {lost} unflushed blocks lost") } else { String::new() }
+            )
+        });
         self.queue.push(self.now + down_us, Event::Boot { host: Host::Server(n), epoch });
     }
 
@@ -267,7 +272,13 @@ impl World {
         }
     }
 
-    pub(super) fn server_called(&mut self, n: usize, conn: ConnIndex, call: management::CallId, request: ControlRequest) {
+    pub(super) fn server_called(
+        &mut self,
+        n: usize,
+        conn: ConnIndex,
+        call: management::CallId,
+        request: ControlRequest,
+    ) {
         let own = CallId(self.mint() as u64);
         if !matches!(request, ControlRequest::Heartbeat { .. }) {
             self.counters.count("control calls");

@@ -54,7 +54,8 @@ impl Disk {
         let lost = if cut == Cut::Power { self.lose_unflushed(dice) } else { 0 };
         for page in self.pages.values_mut() {
             let holds = |s: BlockState| matches!(s, BlockState::Present | BlockState::Stale);
-            page.slot = page.cells.iter().any(|c| holds(c.durable.state) || c.later.iter().any(|(_, v)| holds(v.state)));
+            page.slot =
+                page.cells.iter().any(|c| holds(c.durable.state) || c.later.iter().any(|(_, v)| holds(v.state)));
         }
         self.pages.retain(|_, page| page.has_entry());
         lost
@@ -76,10 +77,13 @@ impl Disk {
                     kept -= 1;
                     self.apply(what, covers);
                 }
-                MediumOp::Write { page, .. } | MediumOp::Shape { page, .. } => {
-                    if !all_lost && !lost.contains(page) && dice.chance(1, 2) && self.copies.contains_key(&page.copy) {
-                        self.apply(what, covers);
-                    }
+                MediumOp::Write { page, .. } | MediumOp::Shape { page, .. }
+                    if !all_lost
+                        && !lost.contains(page)
+                        && dice.chance(1, 2)
+                        && self.copies.contains_key(&page.copy) =>
+                {
+                    self.apply(what, covers);
                 }
                 _ => {}
             }

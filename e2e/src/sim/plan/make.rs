@@ -118,7 +118,11 @@ fn fault(setup: &Setup, dice: &mut Dice, kind: u64, blanked: &mut bool) -> Actio
     let down_ms = down(dice);
     Action::Fault(match kind {
         0..=1 => Fault::StopServers { servers: vec![server], power: kind == 1, down_ms },
-        2 => Fault::StopServers { servers: (0..setup.servers).collect(), power: dice.chance(3, 4), down_ms: down_ms.min(6_000) },
+        2 => Fault::StopServers {
+            servers: (0..setup.servers).collect(),
+            power: dice.chance(3, 4),
+            down_ms: down_ms.min(6_000),
+        },
         3..=4 => Fault::KillDriver { client, down_ms: down_ms.min(5_000) },
         5 => Fault::TakeOver { client },
         6 => Fault::PowerOffClient { client, down_ms },
