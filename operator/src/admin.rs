@@ -8,7 +8,7 @@ use std::time::Duration;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
-use lamina_crds::volume::{AccessMode, AttachMode, AttachmentPhase, AttachmentWish, Volume, VolumeStatus};
+use lamina_crds::volume::{AccessMode, AttachMode, AttachmentPhase, AttachmentWish, Volume, VolumeState, VolumeStatus};
 use lamina_crds::{Id, ReplicationPolicy, Size, StorageServer};
 use lamina_protocol::ids::VolumeId;
 use lamina_protocol::limits::{MAX_COPIES, MAX_GROUPS, MAX_PAGE_BYTES, MIN_PAGE_BYTES};
@@ -87,7 +87,9 @@ impl Verbs {
             volume.status = Some(status);
         });
         let name = volume.await?.name_any();
-        let placed = |v: &Volume| v.status.as_ref().is_some_and(|s| s.map.is_some());
+        // The state is described a moment after the map is committed; people are to see both.
+        let shown = |s: &VolumeStatus| s.map.is_some() && s.state.is_some_and(|state| state != VolumeState::Pending);
+        let placed = |v: &Volume| v.status.as_ref().is_some_and(shown);
         self.wait(&name, "placing", |v| v.is_none_or(placed)).await?.ok_or_else(|| no_volume(&name))
     }
 
@@ -263,13 +265,10 @@ impl Admin for Verbs {
 
 impl Verbs {
     async fn delete_server(&self, name: &str) -> Result<(), Status> {
-        let index_says = {
-            let index = self.directory.index();
-            let copies = index.server(name).and_then(|s| s.status.as_ref()?.copies).map_or(0, |copies| copies.total);
-            copies
-        };
-        if index_says > 0 {
-            return Err(Status::failed_precondition(format!("{index_says} copies of volumes lie on server {name}")));
+        let copies_of = |server: &StorageServer| server.status.as_ref()?.copies;
+        let copies = self.directory.index().server(name).and_then(copies_of).map_or(0, |copies| copies.total);
+        if copies > 0 {
+            return Err(Status::failed_precondition(format!("{copies} copies of volumes lie on server {name}")));
         }
         remove::<StorageServer>(&self.directory, name).await
     }

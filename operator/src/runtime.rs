@@ -194,10 +194,10 @@ impl Runtime {
     fn take_word(&mut self, word: Word) -> Result<(), Died> {
         match word {
             Word::Said(input) => {
-                if matches!(input, Input::Stale { .. }) {
+                if matches!(*input, Input::Stale { .. }) {
                     self.options.metrics.stale.inc();
                 }
-                self.take(input)
+                self.take(*input)
             }
             Word::Met { name, identity } => {
                 if self.store.meets_servers() {

@@ -35,7 +35,7 @@ pub(super) struct Target {
 /// What connections tell the runtime.
 #[derive(Debug)]
 pub(super) enum Word {
-    Said(Input),
+    Said(Box<Input>),
     Met { name: String, identity: Box<ServerIdentity> },
 }
 
@@ -212,9 +212,9 @@ impl Line {
                 if sent.remove(&call) { self.answer(call, Input::Reply { server, call, reply }).await } else { Ok(()) }
             }
             ServerWord::AskMap { volume, at_least } => {
-                self.tell(Word::Said(Input::MapWanted { server, volume, at_least })).await
+                self.tell(Word::Said(Box::new(Input::MapWanted { server, volume, at_least }))).await
             }
-            ServerWord::StaleSeen(seen) => self.tell(Word::Said(Input::Stale { server, seen })).await,
+            ServerWord::StaleSeen(seen) => self.tell(Word::Said(Box::new(Input::Stale { server, seen }))).await,
         }
     }
 
@@ -223,7 +223,7 @@ impl Line {
         // The room first: between taking the call out and telling there is nothing that may be aborted.
         let room = self.words.reserve().await.map_err(|_| Over)?;
         if lock(&self.open).remove(&call) {
-            room.send(Word::Said(answer));
+            room.send(Word::Said(Box::new(answer)));
         }
         Ok(())
     }

@@ -3,11 +3,13 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use lamina_control_api::storage::{Answerer, ServerIdentity, ServerWord, Service, Session};
 use lamina_operator::runtime::clock;
+use lamina_protocol::control::ControlRequest;
 use lamina_protocol::ids::{BootId, ClusterId, ServerId};
 use lamina_protocol::storage_server::medium::MediumEvent;
 use lamina_protocol::storage_server::{CallId, Config, ConnId, Input, Output, PeerId, StorageServer};
@@ -21,7 +23,7 @@ use super::medium::Medium;
 
 /// What reaches a server's task.
 enum Word {
-    Call { from: Answerer, call: CallId, request: lamina_protocol::control::ControlRequest },
+    Call { from: Answerer, call: CallId, request: ControlRequest },
     Connected { conn: ConnId, back: mpsc::UnboundedSender<Word>, peer: PeerId },
     Frame { conn: ConnId, frame: RequestFrame },
     PeerFrame { peer: PeerId, frame: ReplyFrame },
@@ -41,6 +43,8 @@ pub(crate) struct Servers {
 pub(crate) struct Server {
     pub(crate) id: ServerId,
     pub(crate) address: SocketAddr,
+    /// Fences are not answered while this is set.
+    pub(crate) deaf: Arc<AtomicBool>,
     medium: Arc<Mutex<Medium>>,
     running: Option<Vec<JoinHandle<()>>>,
 }
@@ -68,7 +72,7 @@ impl Servers {
         for n in 0..count {
             let id = ServerId(0x5e00 + n as u128);
             let address = "127.0.0.1:0".parse().unwrap();
-            servers.all.push(Server { id, address, medium: Arc::default(), running: None });
+            servers.all.push(Server { id, address, deaf: Arc::default(), medium: Arc::default(), running: None });
             servers.run(n).await;
         }
         servers
@@ -108,6 +112,7 @@ impl Servers {
             boot: BootId(lamina_operator::mint()),
             cluster: self.cluster,
             machine: StorageServer::new(Config { server: server.id, cluster: self.cluster }),
+            deaf: Arc::clone(&server.deaf),
             medium: Arc::clone(&server.medium),
             hub: Arc::clone(&self.hub),
             words: words.clone(),
@@ -140,6 +145,7 @@ struct Machine {
     boot: BootId,
     cluster: ClusterId,
     machine: StorageServer,
+    deaf: Arc<AtomicBool>,
     medium: Arc<Mutex<Medium>>,
     hub: Hub,
     words: mpsc::UnboundedSender<Word>,
@@ -169,6 +175,7 @@ impl Machine {
 
     fn word(&mut self, word: Word) {
         match word {
+            Word::Call { request: ControlRequest::Fence(_), .. } if self.deaf.load(Ordering::Relaxed) => {}
             Word::Call { from, call, request } => {
                 self.count += 1;
                 let own = CallId(self.count);
