@@ -184,7 +184,7 @@ impl Slots {
         if !self.slots.iter().any(|slot| slot.again.is_some_and(|at| at <= now)) {
             return;
         }
-        let Some(id) = self.server else { return self.find_identity(now) };
+        let Some(id) = self.server else { return self.find_identity() };
         for slot in self.slots.iter_mut().filter(|slot| slot.again.is_some_and(|at| at <= now)) {
             slot.again = None;
             slot.show(DeviceState::Opening, None);
@@ -204,11 +204,10 @@ impl Slots {
     }
 
     /// Looks at all devices to tell whose this server is.
-    fn find_identity(&mut self, now: Instant) {
+    fn find_identity(&mut self) {
         for slot in &mut self.slots {
             slot.again = None;
         }
-        let _ = now;
         let paths: Vec<PathBuf> = self.slots.iter().map(|slot| slot.spec.path.clone()).collect();
         let (cluster, outcomes) = (self.cluster, self.outcomes.clone());
         tokio::task::spawn_blocking(move || {

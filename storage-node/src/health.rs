@@ -103,8 +103,7 @@ async fn readyz(State((asker, _)): Shared) -> (StatusCode, String) {
 }
 
 async fn scrape(State((asker, metrics)): Shared) -> (StatusCode, [(&'static str, &'static str); 1], String) {
-    const KIND: [(&str, &str); 1] =
-        [("content-type", "application/openmetrics-text; version=1.0.0; charset=utf-8")];
+    const KIND: [(&str, &str); 1] = [("content-type", "application/openmetrics-text; version=1.0.0; charset=utf-8")];
     match asker.ask().await {
         None => (HANGS.0, KIND, HANGS.1.into()),
         Some(shown) => (StatusCode::OK, KIND, metrics.render(&shown)),

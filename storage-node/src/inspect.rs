@@ -15,7 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Why nothing could be told, or the bytes not be rebuilt.
 #[derive(Debug, thiserror::Error)]
@@ -195,42 +195,59 @@ impl Finds {
     }
 
     /// Writes every block of the top layer; what reads as zeroes stays a hole of the file.
-    fn rebuild(&mut self, map: &VolumeMap, file: &File, path: &PathBuf) -> Result<(), InspectError> {
-        let broken = |why| InspectError::File { path: path.clone(), why };
+    fn rebuild(&mut self, map: &VolumeMap, file: &File, path: &Path) -> Result<(), InspectError> {
+        let broken = |why| InspectError::File { path: path.to_path_buf(), why };
         file.set_len(map.size).map_err(broken)?;
-        let top = *map.top();
-        let geometry = map.geometry(&top);
-        let (mut lost, mut first_lost) = (0, 0);
+        let geometry = map.geometry(map.top());
+        let mut lost = Lost::default();
         for group in 0..geometry.groups {
-            let members = &map.placements[top.placement as usize].groups[group as usize].members;
-            let sources: Vec<CopyId> = members
-                .iter()
-                .filter(|m| m.state == MemberState::Active && self.copies.contains_key(&m.copy))
-                .map(|m| m.copy)
-                .collect();
             for page in 0..geometry.pages(group) {
-                let mut pages = Vec::new();
-                for source in &sources {
-                    pages.push(self.page(*source, top.id, page)?);
-                }
+                let pages = self.active_pages(map, group, page)?;
                 for block in 0..geometry.page_blocks() {
                     let address = geometry.address_of(group, page, block * BLOCK_BYTES);
                     if address >= map.size {
                         continue;
                     }
-                    let known = pages.iter().map(|p| content(p, block)).find(|c| *c != Content::Unknown);
-                    match known {
+                    match pages.iter().map(|p| content(p, block)).find(|c| *c != Content::Unknown) {
                         Some(Content::Data(data)) => file.write_all_at(data, address).map_err(broken)?,
                         Some(_) => {}
-                        None => {
-                            first_lost = if lost == 0 { address } else { first_lost };
-                            lost += 1;
-                        }
+                        None => lost.add(address),
                     }
                 }
             }
         }
-        if lost > 0 { Err(InspectError::Lost { blocks: lost, first: first_lost }) } else { Ok(()) }
+        lost.into_result()
+    }
+
+    /// A page of the top layer on each `Active` copy that is here, in map order.
+    fn active_pages(
+        &mut self,
+        map: &VolumeMap,
+        group: u32,
+        page: u64,
+    ) -> Result<Vec<Option<InspectedPage>>, InspectError> {
+        let group = &map.placements[map.top().placement as usize].groups[group as usize];
+        let here = |m: &&lamina_protocol::map::Member| self.copies.contains_key(&m.copy);
+        let sources: Vec<CopyId> = group.in_state(MemberState::Active).filter(here).map(|m| m.copy).collect();
+        sources.into_iter().map(|copy| self.page(copy, map.top().id, page)).collect()
+    }
+}
+
+/// Blocks that no copy has.
+#[derive(Default)]
+struct Lost {
+    blocks: u64,
+    first: Option<u64>,
+}
+
+impl Lost {
+    fn add(&mut self, address: u64) {
+        self.blocks += 1;
+        self.first = Some(self.first.map_or(address, |first| first.min(address)));
+    }
+
+    fn into_result(self) -> Result<(), InspectError> {
+        self.first.map_or(Ok(()), |first| Err(InspectError::Lost { blocks: self.blocks, first }))
     }
 }
 

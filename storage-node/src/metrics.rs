@@ -1,7 +1,7 @@
 //! What is counted, for Prometheus.
 //!
 //! Invariants: nothing on the way of a block request takes a lock: counters are atomics, found through the connection's own
-//! table; series of a volume or device that is gone go at the next scrape.
+//! table; what is shown of a copy or device that is gone goes at the next scrape.
 
 use lamina_protocol::ids::VolumeId;
 use lamina_protocol::storage_server::{StorageServer, Violation};
@@ -13,6 +13,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -195,9 +196,9 @@ impl Account {
             _ => return,
         };
         let handle = frame.header.handle;
-        if !self.handles.contains_key(&handle) {
+        if let Entry::Vacant(place) = self.handles.entry(handle) {
             let Some(volume) = machine.volume_behind(handle) else { return };
-            self.handles.insert(handle, metrics.of(volume));
+            place.insert(metrics.of(volume));
         }
         self.begun.insert(frame.header.request, Begun { op, handle, bytes, at });
     }

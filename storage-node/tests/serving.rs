@@ -16,7 +16,7 @@ use process::Process;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use world::{COPIES, Client, LAYER, Leader, VOLUME, map, place};
+use world::{COPIES, Client, Leader, VOLUME, map, place};
 
 const BLOCK: usize = 4096;
 
@@ -191,5 +191,4 @@ async fn a_syncing_copy_is_filled_from_its_peer_and_both_are_equal() {
         let expected = if block < 1024 && block % 37 == 0 { block as u8 | 1 } else { 0 };
         assert!(content.iter().all(|byte| *byte == expected), "block {block}");
     }
-    let _ = LAYER;
 }

@@ -70,7 +70,12 @@ impl Gauges {
         r.register("device_syncs", "Calls of fdatasync since it was opened", self.device_syncs.clone());
         let written = self.device_write_bytes.clone();
         r.register_with_unit("device_written", "Data written since it was opened", Unit::Bytes, written);
-        r.register_with_unit("device_read", "Data read since it was opened", Unit::Bytes, self.device_read_bytes.clone());
+        r.register_with_unit(
+            "device_read",
+            "Data read since it was opened",
+            Unit::Bytes,
+            self.device_read_bytes.clone(),
+        );
     }
 
     /// Brings everything up to date; what is gone is shown no more.

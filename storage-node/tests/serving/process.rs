@@ -119,6 +119,11 @@ impl Drop for Process {
 /// The report of `inspect` with an output; it must succeed.
 pub(crate) fn inspect(devices: &[&Path], output: &Path) -> String {
     let done = Command::new(PROGRAM).arg("inspect").arg("--output").arg(output).args(devices).output().unwrap();
-    assert!(done.status.success(), "{}{}", String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
+    assert!(
+        done.status.success(),
+        "{}{}",
+        String::from_utf8_lossy(&done.stdout),
+        String::from_utf8_lossy(&done.stderr)
+    );
     String::from_utf8(done.stdout).unwrap()
 }

@@ -144,7 +144,8 @@ impl Leader {
         let generation = Generation(1 + u64::from(unsynced));
         let layers = vec![(LAYER, PAGE)];
         let (volume, device) = (VOLUME, DeviceId::NONE);
-        let put = ControlRequest::PutCopy { volume, generation, copy, device, placement: 0, group: 0, layers, unsynced };
+        let put =
+            ControlRequest::PutCopy { volume, generation, copy, device, placement: 0, group: 0, layers, unsynced };
         assert_eq!(self.call(put).await, ControlReply::Done);
     }
 
