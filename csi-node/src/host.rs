@@ -1,7 +1,7 @@
 //! What the node service asks of the machine: devices, mounts and the filesystems' own programs.
 //!
-//! A trait, so that the service's decisions are tested without root; [`linux::LinuxHost`] is the machine. Everything here
-//! blocks, on a stalled volume for as long as it is stalled, so it is called on blocking threads only.
+//! A trait, so that the service's decisions are tested without root; [`linux::LinuxHost`] is the machine. Everything
+//! here blocks, on a stalled volume for as long as it is stalled, so it is called on blocking threads only.
 
 use crate::device::mounts::Mount;
 use crate::device::{Device, DeviceError, DeviceSpec};

@@ -114,6 +114,7 @@ pub async fn follow(whereabouts: Whereabouts, volume: VolumeId, newest: watch::S
             leader.lost(&error);
         }
         if leader.hint.is_none() {
+            // sleep: nobody leads, and a Lease that is written anew is no event here
             tokio::time::sleep(AGAIN).await;
         }
     }

@@ -3,8 +3,8 @@
 //! ```text
 //! kubelet -> service -> node -> objects (maps), opener (drivers), host (devices, mounts), record (what survives)
 //! ```
-//! Entry points: [`serve::serve`] is the DaemonSet's program, [`holder`] the device holder's, [`export`] serves a volume
-//! over NBD without Kubernetes. Absent on purpose: any decision about maps, members or generations.
+//! Entry points: [`serve::serve`] is the DaemonSet's program, [`holder`] the device holder's, [`export`] serves a
+//! volume over NBD without Kubernetes. Absent on purpose: any decision about maps, members or generations.
 
 pub mod device;
 pub mod export;

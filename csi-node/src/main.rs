@@ -125,8 +125,8 @@ fn main() -> anyhow::Result<()> {
     if let Err(error) = &result {
         eprintln!("Error: {error:#}");
     }
-    // At once, with everything in place: a driver that is taken down in order answers the kernel with errors, one that is
-    // gone leaves its requests to the successor.
+    // At once, with everything in place: a driver that is taken down in order answers the kernel with errors, one
+    // that is gone leaves its requests to the successor.
     std::process::exit(i32::from(result.is_err()));
 }
 

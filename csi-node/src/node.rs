@@ -8,8 +8,8 @@
 //! ```
 //! Invariants: what is begun is noted durably first ([`Record`]), so a successor finds it; every step may be repeated
 //! and then only completes what is missing; nothing is mounted, unmounted or removed that is not this volume's own; a
-//! device's first request comes after its driver serves, and a driver ends after its device has gone. One call at a time
-//! changes a volume: callers hold its place in [`lamina_csi_api::in_flight::InFlight`].
+//! device's first request comes after its driver serves, and a driver ends after its device has gone. One call at a
+//! time changes a volume: callers hold its place in [`lamina_csi_api::in_flight::InFlight`].
 
 use crate::device::Device;
 use crate::host::Host;

@@ -5,8 +5,8 @@
 //! ```
 //! Invariant: the file says `Attached` before the kernel can send the first request and until the last one is answered
 //! and durable. So a file in any other state proves that no request of the kernel is unanswered, and the session may be
-//! resumed with nothing to give back (PROTOCOL.md R10); `Attached` without a device that is held means that requests may
-//! be lost: the session must be replaced. Files are replaced whole and are synced before their effect.
+//! resumed with nothing to give back (PROTOCOL.md R10); `Attached` without a device that is held means that requests
+//! may be lost: the session must be replaced. Files are replaced whole and are synced before their effect.
 
 use lamina_csi_api::capability::Filesystem;
 use lamina_csi_api::name::VolumeHandle;

@@ -145,6 +145,7 @@ async fn bind(path: &std::path::Path) -> Result<BoundSocket, SocketError> {
     loop {
         match BoundSocket::bind(path).await {
             Err(SocketError::InUse { .. }) if asked.elapsed() < SOCKET => {
+                // sleep: the end of another process's socket is no event
                 tokio::time::sleep(Duration::from_millis(200)).await;
             }
             bound => return bound,

@@ -1,8 +1,8 @@
 //! The CSI Node service: requests read and checked, then handed to [`Node`].
 //!
 //! Invariants: what a request must have is asked for before anything is looked up, so an incomplete one is
-//! INVALID_ARGUMENT whatever it names; a volume is changed by one call at a time, a second one is ABORTED; a change that
-//! has begun is finished even when the caller goes away, and holds the volume's place until then.
+//! INVALID_ARGUMENT whatever it names; a volume is changed by one call at a time, a second one is ABORTED; a change
+//! that has begun is finished even when the caller goes away, and holds the volume's place until then.
 
 use crate::node::{Node, NodeError, PublishWish, StageWish};
 use crate::record::Kind;

@@ -1,8 +1,8 @@
 //! The CSI node service on the real kernel, over its socket: filesystems, raw blocks, and a process that is killed.
 //!
 //! Volumes are files of bytes in place of storage servers. Needs root, `/dev/fuse`, loop devices and the programs named
-//! by each test; one that lacks something prints `skipped` and what. Mounts and loop devices are removed also when a test
-//! fails.
+//! by each test; one that lacks something prints `skipped` and what. Mounts and loop devices are removed also when a
+//! test fails.
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used)]
 

@@ -17,7 +17,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-/// The holder's readers take requests in turn, so after this many answers of theirs those that came before are handed on.
+/// A device's readers take requests in turn: after this many of their answers, those that came before are handed on.
 const BARRIER_QUESTIONS: usize = 16;
 
 /// This machine.
@@ -60,7 +60,8 @@ impl Host for LinuxHost {
         // The kernel queues what it gives back before anything that is asked now.
         for _ in 0..BARRIER_QUESTIONS {
             if let Err(error) = rustix::fs::stat(&directory) {
-                tracing::warn!(%error, directory = %directory.display(), "a device that was taken over does not answer");
+                let directory = directory.display();
+                tracing::warn!(%error, %directory, "a device that was taken over does not answer");
             }
         }
         Ok(device)

@@ -15,7 +15,8 @@ const SHOWN: usize = 600;
 
 /// blkid: nothing was found.
 const BLKID_NOTHING: i32 = 2;
-/// A last group that is too small for its own tables stays unused: an ext4 may be smaller than its device by that, bytes.
+/// A last group that is too small for its own tables stays unused: an ext4 may be smaller than its device by that,
+/// bytes.
 const EXT4_SLACK: u64 = 8 << 20;
 /// e2fsck: from this bit on something is left uncorrected, or it could not work.
 const E2FSCK_UNCORRECTED: i32 = 4;

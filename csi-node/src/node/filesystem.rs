@@ -11,7 +11,8 @@
 //! ```
 //! `Formatting` is noted before mkfs and `Formatted` before the first mount, both only over what was read, so whatever
 //! lies under `Formatting` comes from a mkfs that was cut short. "Blank" is what [`crate::host::Host::looks_blank`] can
-//! see by reading and blkid finds no signature on; the wire cannot yet ask every group whether any block was ever written.
+//! see by reading and blkid finds no signature on; the wire cannot yet ask every group whether any block was ever
+//! written.
 
 use super::{Node, NodeError, Open, blocking};
 use crate::opener::flush;

@@ -57,6 +57,7 @@ impl Node {
                 Err(NodeError::Ended) => return self.let_go(volume).await,
                 Err(error) => tracing::warn!(%volume, %error, "device not taken over yet"),
             }
+            // sleep: the holder or the servers are away, and nothing tells when they are back
             tokio::time::sleep(AGAIN).await;
         }
     }

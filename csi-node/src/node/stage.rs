@@ -57,8 +57,8 @@ impl Node {
         Ok(())
     }
 
-    /// A device of the wish's session. What is left of an earlier session is cut off: the kubelet asks for a new one only
-    /// when the attachment before is over.
+    /// A device of the wish's session. What is left of an earlier session is cut off: the kubelet asks for a new one
+    /// only when the attachment before is over.
     async fn attached(self: &Arc<Self>, wish: &StageWish) -> Result<Entry, NodeError> {
         if let Some(entry) = self.entry(wish.volume) {
             let ended = entry.open.as_ref().is_some_and(|open| open.driver.status().borrow().ended);

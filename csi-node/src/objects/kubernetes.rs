@@ -69,7 +69,8 @@ impl VolumeObjects for KubeObjects {
             if noted != was {
                 return Err(ObjectError::Changed);
             }
-            // The resource version is the guard: what was read is what is replaced. A merge patch takes null for "remove".
+            // The resource version is the guard: what was read is what is replaced. A merge patch takes null for
+            // "remove".
             let version = object.resource_version();
             let patch = json!({"metadata": {"resourceVersion": version}, "status": {"filesystem": now}});
             let params = PatchParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PatchParams::default() };
