@@ -156,3 +156,66 @@ fn number<T: TryFrom<i64>>(value: i64, field: &'static str) -> Result<T, Unreada
 fn bytes(size: &Size, field: &'static str) -> Result<u64, Unreadable> {
     size.bytes().map_err(|_| Unreadable::Size { field })
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn volume(spec: Value, status: Value) -> Volume {
+        let object = json!({
+            "apiVersion": "lamina.dev/v1alpha1", "kind": "Volume", "metadata": {"name": "v"},
+            "spec": spec, "status": status,
+        });
+        serde_json::from_value(object).unwrap()
+    }
+
+    fn policy(spec: Value) -> ReplicationPolicy {
+        let kind = "ReplicationPolicy";
+        let object = json!({
+            "apiVersion": "lamina.dev/v1alpha1", "kind": kind, "metadata": {"name": "p"}, "spec": spec,
+        });
+        serde_json::from_value(object).unwrap()
+    }
+
+    fn id(n: u8) -> String {
+        format!("{n:032x}")
+    }
+
+    #[test]
+    fn a_policy_made_anew_does_not_change_the_shape_of_a_placed_volume() {
+        let shape = json!({"copies": 3, "stripeWidth": 4, "chunkBytes": 65536, "pageBytes": 1048576,
+                           "topologySpread": "RequireZones"});
+        let spec = json!({"size": "1Gi", "policy": "p"});
+        let placed = volume(spec.clone(), json!({"volumeId": id(1), "shape": shape}));
+        let anew = policy(json!({"copies": 1, "rebuildAfterSeconds": 7}));
+        let wished = volume_object(&placed, Some(&anew), "", false).unwrap().unwrap().wishes.policy.unwrap();
+        assert_eq!((wished.copies, wished.groups, wished.zones), (3, 4, ZoneSpread::Require));
+        assert_eq!(wished.rebuild_after_ms, 7000, "what is no shape holds at once");
+        let unplaced = volume(spec, json!({"volumeId": id(1)}));
+        let wished = volume_object(&unplaced, Some(&anew), "", false).unwrap().unwrap().wishes;
+        assert_eq!(wished.policy.unwrap().copies, 1);
+        let without = volume_object(&unplaced, None, "", false).unwrap().unwrap().wishes;
+        assert_eq!(without.policy, None, "an unknown policy is none");
+    }
+
+    #[test]
+    fn wishes_are_read_in_order_and_a_bad_id_leaves_the_volume_alone() {
+        let wish = |node: &str, session: String| json!({"node": node, "session": session, "mode": "ReadOnly"});
+        let spec = |attachments: Value| {
+            json!({
+                "size": "5G", "policy": "p", "accessMode": "ReadOnlyMany", "attachments": attachments,
+                "forget": [id(9)], "adoptGeneration": 4, "near": {"node": "b"},
+            })
+        };
+        let good = volume(spec(json!([wish("b", id(2)), wish("a", id(1))])), json!({"volumeId": id(7)}));
+        let wishes = volume_object(&good, None, "z", true).unwrap().unwrap().wishes;
+        assert_eq!(wishes.sessions.iter().map(|s| s.node.as_str()).collect::<Vec<_>>(), ["b", "a"]);
+        assert_eq!((wishes.size, wishes.multi_session, wishes.near_zone.as_str()), (5_000_000_000, true, "z"));
+        assert_eq!((wishes.let_go, wishes.adopt), (vec![CopyId(9)], Some(Generation(4))));
+        let bad = volume(spec(json!([wish("b", "zz".to_owned())])), json!({"volumeId": id(7)}));
+        let why = volume_object(&bad, None, "", true).unwrap_err();
+        assert_eq!(why, Unreadable::Id { field: "spec.attachments.session" });
+    }
+}

@@ -35,8 +35,15 @@ const VOLUME_ATTRIBUTE: &str = "volume";
 pub(super) fn lacks(volume: &Volume, has_pv: bool) -> bool {
     let status = volume.status.as_ref();
     let complete = status.is_some_and(|s| s.volume_id.is_some() && s.generation.is_some());
-    let alive = volume.metadata.deletion_timestamp.is_none();
-    alive && (!complete || !has_finalizer(volume) || (wants_pv(volume) && !has_pv))
+    if volume.metadata.deletion_timestamp.is_some() {
+        return never_named(volume);
+    }
+    !complete || !has_finalizer(volume) || (wants_pv(volume) && !has_pv)
+}
+
+/// Deleted between its finalizer and its id: there is nothing of it anywhere, and nobody else would let it go.
+fn never_named(volume: &Volume) -> bool {
+    has_finalizer(volume) && volume.status.as_ref().is_none_or(|status| status.volume_id.is_none())
 }
 
 fn has_finalizer(volume: &Volume) -> bool {
@@ -52,10 +59,10 @@ pub(super) async fn prepare(client: &Client, index: &Mutex<Index>, name: &str) -
     let volumes: Api<Volume> = Api::all(client.clone());
     let Some(mut volume) = volumes.get_opt(name).await? else { return Ok(()) };
     if volume.metadata.deletion_timestamp.is_some() {
-        return Ok(());
+        return if never_named(&volume) { patch_finalizers(&volumes, &volume, false).await.map(drop) } else { Ok(()) };
     }
     if !has_finalizer(&volume) {
-        volume = patch_finalizer(&volumes, &volume).await?;
+        volume = patch_finalizers(&volumes, &volume, true).await?;
     }
     let id = match crate::translate::id_of(&volume) {
         Some(id) => id,
@@ -79,9 +86,9 @@ fn unchanged(volume: &Volume) -> Value {
     json!({"op": "test", "path": "/metadata/resourceVersion", "value": volume.resource_version()})
 }
 
-async fn patch_finalizer(volumes: &Api<Volume>, volume: &Volume) -> Result<Volume, StoreError> {
-    let mut finalizers = volume.finalizers().to_vec();
-    finalizers.push(FINALIZER.to_owned());
+async fn patch_finalizers(volumes: &Api<Volume>, volume: &Volume, ours: bool) -> Result<Volume, StoreError> {
+    let others = volume.finalizers().iter().filter(|finalizer| *finalizer != FINALIZER).map(String::as_str);
+    let finalizers: Vec<_> = others.chain(ours.then_some(FINALIZER)).collect();
     let patch = json!([unchanged(volume), {"op": "add", "path": "/metadata/finalizers", "value": finalizers}]);
     let params = PatchParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PatchParams::default() };
     Ok(volumes.patch(&volume.name_any(), &params, &json_patch(patch)).await?)

@@ -1,5 +1,6 @@
 //! Against a real kube-apiserver.
 
+use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{Namespace, PersistentVolume};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams};
@@ -137,6 +138,10 @@ async fn a_volume_is_placed_attached_detached_and_deleted_with_nothing_left() {
     assert!(status.shape.is_some(), "the policy's shape is copied");
     assert_eq!(cluster.servers.all.iter().map(super::servers::Server::copies).sum::<usize>(), 4);
 
+    // As a backup tool leaves it that drops empty lists: commits go on.
+    let gap: Patch<()> =
+        Patch::Json(serde_json::from_value(json!([{"op": "remove", "path": "/status/retired"}])).unwrap());
+    cluster.volumes().patch_status("v", &PatchParams::default(), &gap).await.unwrap();
     let session = "000000000000000000000000000000aa";
     let wish = json!({"spec": {"attachments": [{"node": "n", "session": session, "mode": "ReadWrite"}]}});
     cluster.volumes().patch("v", &PatchParams::default(), &Patch::Merge(wish)).await.unwrap();
@@ -203,4 +208,41 @@ async fn a_leader_that_dies_after_its_commit_is_followed_by_the_other_replica() 
     let second = cluster.replica("b", None);
     cluster.healthy("v").await;
     assert_eq!(second.stop().await, Ended::Stopped);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_deleted_before_it_got_its_id_goes() {
+    let test = "a_volume_deleted_before_it_got_its_id_goes";
+    let Some(cluster) = Cluster::start(test, 0).await else { return };
+    cluster.create("v", json!({})).await;
+    let held = json!({"metadata": {"finalizers": ["lamina.dev/volume"]}});
+    cluster.volumes().patch("v", &PatchParams::default(), &Patch::Merge(held)).await.unwrap();
+    cluster.volumes().delete("v", &DeleteParams::default()).await.unwrap();
+    let leader = cluster.replica("a", None);
+    cluster.until("v", "gone", |v| v.is_none()).await;
+    assert_eq!(leader.stop().await, Ended::Stopped);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_replicas_one_leads_and_the_other_follows_at_once_when_it_stops() {
+    let test = "of_two_replicas_one_leads_and_the_other_follows_at_once_when_it_stops";
+    let Some(cluster) = Cluster::start(test, 2).await else { return };
+    let leases: Api<Lease> = Api::namespaced(cluster.client.clone(), NAMESPACE);
+    let (first, second) = (cluster.replica("a", None), cluster.replica("b", None));
+    let holder = |lease: Option<&Lease>| lease?.spec.as_ref()?.holder_identity.clone();
+    let number = |lease: &Lease| lease.annotations()["lamina.dev/lease-number"].parse::<u64>().unwrap();
+    let held = |lease: Option<&Lease>| holder(lease).is_some();
+    let lease = await_condition(leases.clone(), "lamina-operator", held);
+    let lease = tokio::time::timeout(PATIENCE, lease).await.unwrap().unwrap().unwrap();
+    assert_eq!(lease.annotations()["lamina.dev/leader-address"], "127.0.0.1:4710");
+    let leader = holder(Some(&lease)).unwrap();
+    let (leading, standing) = if leader.starts_with("a_") { (first, second) } else { (second, first) };
+    assert_eq!(leading.stop().await, Ended::Stopped);
+    let other = |lease: Option<&Lease>| holder(lease).is_some_and(|now| now != leader);
+    let follows = await_condition(leases, "lamina-operator", other);
+    let next = tokio::time::timeout(PATIENCE, follows).await.unwrap().unwrap().unwrap();
+    assert!(number(&next) > number(&lease), "the number never falls");
+    cluster.create("v", json!({})).await;
+    cluster.healthy("v").await;
+    assert_eq!(standing.stop().await, Ended::Stopped);
 }
