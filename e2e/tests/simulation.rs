@@ -6,17 +6,15 @@
 use lamina_e2e::sim::{Counters, Plan, Tell, quiet_panics, run, shrink};
 use std::time::{Duration, Instant};
 
-/// Seeds that found something once, with what it was; they are played for ever.
-const ONCE_FAILED: &[(u64, &str)] = &[
-    (107, "a successor that wrote nothing left the pages of the process before pending for ever"),
-    (174, "a device that failed with a write under way took the server's process with it"),
-    (346, "two processes of one session executed the same requests"),
-];
+/// Seeds that found something once, with what it was; they are played for ever. A change of how plans are made from
+/// seeds empties this list: what was found then has named tests beside the state machines.
+const ONCE_FAILED: &[(u64, &str)] =
+    &[(1588, "a fill brought pending writes of an incarnation that was adopted already: pending for ever")];
 
 /// Fixed seeds of the run.
-const FIXED: std::ops::Range<u64> = 1..401;
+const FIXED: std::ops::Range<u64> = 1..251;
 /// Fresh seeds go on for so long.
-const FRESH: Duration = Duration::from_secs(20);
+const FRESH: Duration = Duration::from_secs(15);
 
 /// What the fixed seeds must reach.
 const MUST_REACH: &[&str] = &[
