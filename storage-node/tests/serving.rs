@@ -3,6 +3,7 @@
 //! Invariant of every test: what it starts ends with it, also when it fails.
 #![allow(clippy::unwrap_used)]
 
+#[allow(dead_code)] // Shared with the other test program.
 #[path = "serving/process.rs"]
 mod process;
 #[path = "serving/world.rs"]

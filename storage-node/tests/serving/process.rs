@@ -24,11 +24,25 @@ impl Process {
     /// Starts a server on free ports, with one file of 128 MiB.
     pub(crate) async fn start(dir: &Path, name: &str) -> Self {
         let device = dir.join(format!("{name}.img"));
-        let mut child = Command::new(PROGRAM)
-            .args(["serve", "--cluster", "00000000000000000000000000000001", "--log-format", "json"])
+        let mut command = Command::new(PROGRAM);
+        command.arg("serve").arg("--device").arg(format!("{},size=128MiB", device.display()));
+        let process = Self::spawn(command, device);
+        process.until_metric("state=\"").await;
+        process.until(|text| !text.contains("state=\"opening\"")).await;
+        process
+    }
+
+    /// Starts a server that takes its devices from the object named after this node.
+    pub(crate) fn of_node(node: &str, kubeconfig: &Path) -> Self {
+        let mut command = Command::new(PROGRAM);
+        command.args(["serve", "--kubernetes", "--node", node]).env("KUBECONFIG", kubeconfig);
+        Self::spawn(command, PathBuf::new())
+    }
+
+    fn spawn(mut command: Command, device: PathBuf) -> Self {
+        let mut child = command
+            .args(["--cluster", "00000000000000000000000000000001", "--log-format", "json"])
             .args(["--listen", "127.0.0.1:0", "--control", "127.0.0.1:0", "--metrics", "127.0.0.1:0"])
-            .arg("--device")
-            .arg(format!("{},size=128MiB", device.display()))
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
@@ -39,10 +53,7 @@ impl Process {
         let (block, control, metrics) = (at("block"), at("control"), at("metrics"));
         // Its log goes on as the test's.
         std::thread::spawn(move || lines.map_while(Result::ok).for_each(|line| eprintln!("{line}")));
-        let process = Self { child, device, block, control, metrics };
-        process.until_metric("state=\"").await;
-        process.until(|text| !text.contains("state=\"opening\"")).await;
-        process
+        Self { child, device, block, control, metrics }
     }
 
     pub(crate) fn device(&self) -> PathBuf {
