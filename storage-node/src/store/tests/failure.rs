@@ -15,7 +15,7 @@ use crate::store::table::Entry;
 use crate::store::{Damage, DeviceError};
 use bytes::Bytes;
 use lamina_protocol::ids::*;
-use lamina_protocol::layer::PageKey;
+use lamina_protocol::layer::{BlockState, PageKey};
 use lamina_protocol::storage_server::medium::*;
 use std::time::Instant;
 
@@ -107,6 +107,32 @@ fn after_a_failed_write_or_sync_nothing_is_answered_and_nothing_tried_again() {
         assert_eq!(run(&mut core, &disk, vec![MediumOp::Flush], None), vec![]);
     }
     assert!(failures >= 6, "{failures} places to fail");
+}
+
+#[test]
+fn a_slot_is_not_used_again_before_its_freeing_is_durable() {
+    let disk = new_disk();
+    let mut loaded = load(&disk, true).unwrap();
+    make_current(&disk, &mut loaded, BootId(1), true).unwrap();
+    let mut core = Core::new(loaded, true, 64).0;
+    let other = PageKey { page: 1, ..PAGE };
+    let pending = |page| Record::Pending { page, set: true };
+    let write = |page, byte| MediumOp::Write { page, first: 0, data: Bytes::from(vec![byte; 4096]) };
+    let commit = MediumOp::Commit(vec![Record::PutCopy(copy()), pending(PAGE), pending(other)]);
+    let hole = MediumOp::Shape { page: PAGE, changes: vec![(0..256, BlockState::Hole)] };
+    run(&mut core, &disk, vec![commit, write(PAGE, 7), MediumOp::Flush, hole, write(other, 8)], None);
+    // A crash now: the hole was not flushed, so the page is as it was or a hole, and never the other's content.
+    let mut loaded = load(&disk, true).unwrap();
+    make_current(&disk, &mut loaded, BootId(2), true).unwrap();
+    let mut core = Core::new(loaded, true, 64).0;
+    let events = run(&mut core, &disk, vec![MediumOp::Load(PAGE), MediumOp::Read { page: PAGE, blocks: 0..1 }], None);
+    let MediumEvent::Answered { answer: MediumAnswer::Page(Some(record)), .. } = &events[0] else { panic!() };
+    if record.blocks.of(0) == BlockState::Present {
+        let MediumEvent::Answered { answer: MediumAnswer::Data { data, bad }, .. } = &events[1] else { panic!() };
+        assert!(bad.is_empty() && data.iter().all(|byte| *byte == 7), "another page's content");
+    } else {
+        assert_eq!(record.blocks.of(0), BlockState::Hole);
+    }
 }
 
 #[test]

@@ -565,6 +565,23 @@ fn cut_here(trace: &Trace, moment: &Moment, at: usize, in_place: bool) {
     }
 }
 
+/// The process is killed, so all that it wrote is to be seen; the power goes while the next one recovers, and what no
+/// sync had covered is lost after all.
+fn kill_here(trace: &Trace, moment: &Moment, at: usize, in_place: bool) {
+    let unit = if in_place { 4096 } else { 512 };
+    let mut dice = Dice(0x2545_f491 ^ at as u64);
+    let image = moment.image(trace, Fate::All, unit, &mut dice);
+    let (disk, mut core, opened) = recovered(image, 2, in_place);
+    moment.check(&mut core, &opened, &mut disk.image.borrow_mut(), &format!("event {at}, killed"));
+    let open = moment.open.keys().map(|nth| Step::Write(trace.writes[*nth].0, trace.writes[*nth].1.clone()));
+    let steps: Vec<Step> = open.chain(disk.steps.borrow().iter().cloned()).collect();
+    for _ in 0..3 {
+        let again = cut_recovery(moment.durable.clone(), &steps, unit, &mut dice);
+        let (disk, mut core, opened) = recovered(again, 3, in_place);
+        moment.check(&mut core, &opened, &mut disk.image.borrow_mut(), &format!("event {at}, killed and cut"));
+    }
+}
+
 /// A cut somewhere in the recovery: what its last sync did not cover may be lost or torn.
 fn cut_recovery(mut image: Image, steps: &[Step], unit: usize, dice: &mut Dice) -> Image {
     let end = dice.roll(steps.len() as u64 + 1) as usize;
@@ -599,6 +616,7 @@ fn survive_power_cuts(in_place: bool) {
         moment.pass(&trace, event);
         if at % every == every / 2 {
             cut_here(&trace, &moment, at, in_place);
+            kill_here(&trace, &moment, at, in_place);
         }
     }
 }
