@@ -214,6 +214,10 @@ impl Leader {
         if reply.is_none() {
             self.servers.refused(server);
         }
+        if let (What::Delete(copy), Some(ControlReply::Done | ControlReply::NoCopy { .. })) = (call.what, &reply) {
+            // The inventory is asked for when a server comes; what was deleted since is no orphan.
+            self.inventories.entry(server).or_default().copies.retain(|lying| lying.copy != copy);
+        }
         match (call.what, reply, call.volume) {
             (What::Heartbeat, Some(ControlReply::Alive(alive)), _) => self.take_alive(now, server, call, alive, out),
             (What::Inventory, Some(ControlReply::Inventory { copies }), _) => {

@@ -20,7 +20,7 @@
 #![allow(clippy::result_large_err, clippy::large_enum_variant)]
 
 use crate::ids::{BootId, ClusterId, CopyId, DeviceId, ServerId, VolumeId};
-use crate::layer::{PageKey};
+use crate::layer::PageKey;
 use crate::time::Millis;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -212,7 +212,10 @@ impl StorageServer {
     }
 
     fn device_opened(&mut self, opened: Opened) {
-        assert!(opened.server == self.config.server && opened.cluster == self.config.cluster, "another server's device");
+        assert!(
+            opened.server == self.config.server && opened.cluster == self.config.cluster,
+            "another server's device"
+        );
         assert!(!self.devices.contains_key(&opened.boot), "a boot id is minted once (R3)");
         self.lease_number = self.lease_number.max(opened.lease_number);
         for (volume, blob) in &opened.volumes {

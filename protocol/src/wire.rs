@@ -34,7 +34,9 @@ use bytes::Bytes;
 
 mod frame;
 
-pub use frame::{Framing, frame_length, put_reply, put_reply_head, put_request, put_request_head, read_reply, read_request};
+pub use frame::{
+    Framing, frame_length, put_reply, put_reply_head, put_request, put_request_head, read_reply, read_request,
+};
 
 /// The version that this code speaks. It reads its predecessor too (there is none yet).
 pub const WIRE_VERSION: u16 = 1;
@@ -447,7 +449,13 @@ impl ReplyBody {
     pub fn is_success(&self) -> bool {
         matches!(
             self,
-            Self::Hello { .. } | Self::Opened { .. } | Self::Done | Self::Data | Self::Map { .. } | Self::Page { .. } | Self::Pages { .. }
+            Self::Hello { .. }
+                | Self::Opened { .. }
+                | Self::Done
+                | Self::Data
+                | Self::Map { .. }
+                | Self::Page { .. }
+                | Self::Pages { .. }
         )
     }
 }

@@ -130,12 +130,10 @@ fn an_open_that_was_ahead_gets_the_map_as_soon_as_it_is_stored() {
 fn a_fence_that_meets_a_failing_device_is_answered_and_the_next_one_too() {
     let mut net = Net::started(1);
     net.servers[0].medium.hold = true;
-    let call = net.control_later(0, ControlRequest::Fence(Fence {
-        volume: VOLUME,
-        generation: Generation(2),
-        flush: true,
-        unsync: vec![],
-    }));
+    let call = net.control_later(
+        0,
+        ControlRequest::Fence(Fence { volume: VOLUME, generation: Generation(2), flush: true, unsync: vec![] }),
+    );
     net.run();
     net.fail_device(0);
     net.run();

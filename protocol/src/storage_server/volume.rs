@@ -3,8 +3,8 @@
 //! Promise, map, incarnations and `handled` are kept on every device with a copy of the volume; the highest counts
 //! (PROTOCOL.md, Identity). I2: neither promise nor stored generation ever goes down here.
 
-use super::contract::ConnId;
 use super::Line;
+use super::contract::ConnId;
 use super::medium::{CopyRecord, LayerRecord};
 use super::pending::Pending;
 use super::reconfigure::Change;

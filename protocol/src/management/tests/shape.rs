@@ -19,6 +19,7 @@ fn a_member_away_for_longer_than_rebuild_after_is_replaced_and_its_copy_deleted_
     fake.server(2).up = true;
     fake.run(5_000);
     assert!(fake.status().retired.is_empty() && fake.server(2).copies.is_empty());
+    assert!(fake.orphans.get(&ServerId(2)).is_none_or(Vec::is_empty), "what was deleted is no orphan");
 }
 
 #[test]
