@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
   simulate --seed 17 --shrink       the shortest history with the same fault
   simulate --seed 17 --trace        every message and disk operation")]
 struct Arguments {
-    /// The first seed, or the only one when neither --seeds nor --seconds is given. Without it a start that nobody chose.
+    /// The first seed, or the only one when neither --seeds nor --seconds is given. Without it: a random start.
     #[arg(long)]
     seed: Option<u64>,
     /// How many seeds to play.

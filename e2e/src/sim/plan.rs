@@ -1,5 +1,5 @@
-//! What a seed stands for: the shape of a small cluster, what its clients do, and what goes wrong, as a list of steps in
-//! virtual time. Steps can be taken out one by one, which is how a failing run is made short (`shrink`).
+//! What a seed stands for: the shape of a small cluster, what its clients do, and what goes wrong, as a list of steps
+//! in virtual time. Steps can be taken out one by one, which is how a failing run is made short (`shrink`).
 
 use super::event::Host;
 use lamina_protocol::management::Step as LeaderStep;

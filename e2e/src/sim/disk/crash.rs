@@ -61,7 +61,7 @@ impl Disk {
         lost
     }
 
-    /// Of what was under way: a prefix of the commits, any of the writes that did not wait behind a commit that is lost.
+    /// Of what was under way: a prefix of the commits, any of the writes that did not wait behind a lost commit.
     fn half_done(&mut self, waiting: Vec<Waiting>, dice: &mut Dice) {
         let commits = waiting.iter().filter(|w| matches!(w.what, MediumOp::Commit(_))).count() as u64;
         let mut kept = dice.within(0, commits);
