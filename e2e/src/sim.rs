@@ -2,8 +2,8 @@
 //! storage servers, drivers and operators with a simulated network, disks and API server (PROTOCOL.md §9).
 //!
 //! A seed makes a [`Plan`]; [`run`] plays it and says what the oracles found. The oracles stand apart from the fakes:
-//! `register` knows only what applications were told, `checks` the invariants I1, I2, I4, I7, I8 and what must hold when
-//! all is healed. Nothing here decides for a machine under test.
+//! `register` knows only what applications were told, `checks` the invariants I1, I2, I4, I7, I8 and what must hold
+//! when all is healed. Nothing here decides for a machine under test.
 //!
 //! | file | what |
 //! |---|---|
