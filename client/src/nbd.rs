@@ -153,6 +153,7 @@ where
         Err(error) => {
             // Out of descriptors, or the client went away again: the kernel gives no event for when it is worth trying.
             tracing::warn!(%error, "NBD client not accepted");
+            // sleep: the kernel gives no event for when accepting is worth trying again.
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     }

@@ -2,7 +2,8 @@
 //! `status`.
 //!
 //! Types, the manifests made from them, and their translation from and to the protocol's ([`translate`]): nothing here
-//! decides anything, and what the protocol means by a map or a generation is said in PROTOCOL.md. Invariant: whatever a schema or a CEL rule can
+//! decides anything, and what the protocol means by a map or a generation is said in PROTOCOL.md. Invariant: whatever
+//! a schema or a CEL rule can
 //! refuse is refused by the API server, in a sentence that says what to write instead; a reconciler meets only what is
 //! well formed. Numbers are `i64` with a range, because unsigned formats draw warnings from the API server.
 //!

@@ -133,6 +133,7 @@ impl BoundSocket {
         };
         let patience_over = async move {
             match ends.await {
+                // sleep: the grace that calls under way get when the server stops.
                 Ok(()) => tokio::time::sleep(grace).await,
                 Err(_) => std::future::pending().await,
             }

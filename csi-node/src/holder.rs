@@ -91,6 +91,7 @@ impl Holder {
             if let Err(error) = accepted.and_then(|(stream, _)| self.start_client(stream, place)) {
                 // Out of descriptors, or the client went away again: no event tells when it is worth trying.
                 tracing::warn!(%error, "client of the device holder not accepted");
+                // sleep: no event tells when accepting is worth trying again.
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }

@@ -116,6 +116,7 @@ pub async fn run(client: kube::Client, replica: Replica, options: Options) -> En
             }
             Ended::Stopped => {
                 tracing::warn!(replica = replica.name, "leads no more");
+                // sleep: back-off before standing for election again.
                 tokio::time::sleep(AGAIN).await;
             }
         }

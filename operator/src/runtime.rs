@@ -134,6 +134,7 @@ pub async fn run(options: Options, store: Arc<dyn Store>, mut changes: mpsc::Rec
                 runtime.options.metrics.reports.inc();
                 runtime.take(report)
             }
+            // sleep: this is the leader's one timer, armed by WakeAt.
             () = tokio::time::sleep(clock::until(runtime.wake)) => runtime.take(Input::Timer),
         };
         runtime.options.metrics.beat();

@@ -185,6 +185,7 @@ async fn cluster_id(client: &kube::Client, namespace: &str) -> anyhow::Result<la
             Err(StoreError::Api(why)) => tracing::warn!(%why, "waits for the API server"),
             Err(why) => bail!("no cluster id in the ConfigMap lamina-cluster of {namespace}: {why}"),
         }
+        // sleep: back-off while the ConfigMap cannot be read or made.
         tokio::time::sleep(Duration::from_secs(2)).await;
     }
 }

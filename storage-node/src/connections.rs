@@ -48,6 +48,7 @@ pub(crate) async fn accept_all(server: Rc<Server>, listener: TcpListener) {
             Ok(_) => server.metrics.refused_connection("too many"),
             Err(error) => {
                 tracing::warn!("cannot accept a connection: {error}");
+                // sleep: no event tells when accepting is worth trying again.
                 tokio::time::sleep(PAUSE).await;
             }
         }

@@ -103,6 +103,7 @@ async fn create(objects: &Api<StorageServer>, node: &str) {
             Err(kube::Error::Api(status)) if status.code == 409 => return,
             Err(why) => tracing::warn!("cannot make the StorageServer object: {why}"),
         }
+        // sleep: back-off after the API server refused.
         tokio::time::sleep(PAUSE).await;
     }
 }
@@ -158,6 +159,7 @@ async fn tell(
             }
             Err(why) => {
                 tracing::warn!("cannot write the StorageServer's status: {why}");
+                // sleep: back-off after the API server refused.
                 tokio::time::sleep(PAUSE).await;
             }
         }

@@ -171,6 +171,7 @@ async fn timer(server: Rc<Server>) {
     loop {
         let wake = async {
             match clock::until(server.wake_at()) {
+                // sleep: this is the machine's one timer, armed by WakeAt.
                 Some(time) => tokio::time::sleep(time).await,
                 None => pending().await,
             }

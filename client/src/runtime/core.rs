@@ -89,6 +89,7 @@ pub(super) async fn run(options: Options, shared: Arc<Shared>, status: watch::Se
     };
     let core = Rc::new(Core { state: RefCell::new(state), shared, cluster, reports, status, rewake: Notify::new() });
     core.take_map(&mut maps);
+    // sleep: this is the driver's one timer; it is reset to each WakeAt.
     let sleep = tokio::time::sleep(Duration::ZERO);
     tokio::pin!(sleep);
     let mut set_for = Millis::NEVER;
@@ -264,6 +265,7 @@ impl Core {
         }
         let (core, wait) = (self.clone(), pause(dialled.failures));
         dialled.task = Some(tokio::task::spawn_local(async move {
+            // sleep: back-off before the next connection attempt; nothing tells when a server is back.
             tokio::time::sleep(wait).await;
             match dial(core.cluster, server, &addresses).await {
                 Ok(stream) => core.connected(server, stream),

@@ -234,6 +234,7 @@ impl LoopDevice {
             if asked.elapsed() > DETACH_PATIENCE {
                 return Err(DeviceError::Busy);
             }
+            // sleep: the kernel gives no event when another user lets go of the loop device; bounded by a deadline.
             std::thread::sleep(Duration::from_millis(10));
         }
         Ok(())

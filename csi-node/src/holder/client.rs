@@ -204,6 +204,7 @@ fn watch(shared: &Weak<Shared>, mut stream: Arc<UnixStream>) {
                 Err(error) => tracing::warn!(%error, "device holder is away: a crash now would cost the devices"),
             }
             drop(shared);
+            // sleep: back-off until the holder's socket is there again, on a thread of its own.
             std::thread::sleep(RECONNECT);
         }
     }

@@ -1,7 +1,8 @@
 //! Which of the machine's clusters one is, and the machine-wide settings that all of them share.
 //!
 //! A slot is claimed by creating a file in `/run/lamina-clusters` that holds the state directory; a file system gives it to one
-//! claimant only. `/run` is empty after a reboot, as are namespaces and cgroups, so a stale claim cannot outlive what it stands for.
+//! claimant only. `/run` is empty after a reboot, as are namespaces and cgroups, so a stale claim cannot outlive what
+//! it stands for.
 //!
 //! Invariant: the machine's state is saved before the first cluster makes anything, and restored when the last claim goes.
 

@@ -1,6 +1,7 @@
 //! Blows: a storage server killed with SIGKILL while it holds a copy that was just written.
 //!
-//! Invariant: a server is killed only if the committed map names an `Active` copy of the volume on it and its process wrote to its
+//! Invariant: a server is killed only if the committed map names an `Active` copy of the volume on it and its process
+//! wrote to its
 //! device within the second before; both are shown. What the kernel counts (`write_bytes` of the process) is believed, not what
 //! the server says of itself.
 

@@ -164,6 +164,7 @@ impl Held {
     pub async fn keep(mut self, changes: mpsc::Sender<Change>, mut raise: watch::Receiver<u64>) {
         loop {
             tokio::select! {
+                // sleep: the Lease is renewed by the clock.
                 () = tokio::time::sleep(RENEW) => {}
                 Ok(()) = raise.changed() => {}
             }

@@ -202,6 +202,7 @@ impl Watch {
                 if !is_conflict(&why) {
                     tracing::warn!(volume = name, %why, "the Volume could not be prepared");
                 }
+                // sleep: back-off after the API server refused; it says nothing when it would not.
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(longest);
             }

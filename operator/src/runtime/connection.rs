@@ -190,6 +190,7 @@ impl Line {
 
     /// Answers every call that waits or comes within the pause.
     async fn refuse_for(&self, pause: Duration, calls: &mut Calls) -> Result<(), Over> {
+        // sleep: back-off between connection attempts; calls are refused meanwhile.
         let end = tokio::time::sleep(pause);
         tokio::pin!(end);
         loop {

@@ -82,6 +82,7 @@ impl Runtime {
                     Ok(object) => return Done::Read { volume, object: object.map(Box::new) },
                     Err(why) => tracing::warn!(%volume, %why, "the object could not be read"),
                 }
+                // sleep: back-off after a failed read of the API server.
                 tokio::time::sleep(READ_AGAIN).await;
             }
         });

@@ -222,6 +222,7 @@ async fn finish(what: Key, result: Result<(), crate::store::StoreError>) -> Done
         Ok(()) | Err(crate::store::StoreError::Gone) => Done::Described { what, worked: true },
         Err(why) => {
             tracing::warn!(?what, %why, "could not be described");
+            // sleep: back-off after the API server refused what people are shown.
             tokio::time::sleep(AGAIN).await;
             Done::Described { what, worked: false }
         }
