@@ -1,7 +1,7 @@
 //! The judge: is every commit that a client was told of in the database, as it was written?
 //!
-//! Invariant: an empty log passes nothing. Rows that no log names are fine: their clients may have been cut off before the word
-//! came. A row that is there with other contents is as bad as one that is missing.
+//! Invariant: an empty log passes nothing. Rows that no log names are fine: their clients may have been cut off before
+//! the word came. A row that is there with other contents is as bad as one that is missing.
 
 use std::collections::HashMap;
 

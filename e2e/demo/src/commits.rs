@@ -1,7 +1,8 @@
-//! Clients of the database that insert rows one by one and write down, outside the volume, each commit that they were told of.
+//! Clients of the database that insert rows one by one and write down, outside the volume, each commit that they were
+//! told of.
 //!
-//! Invariant: a client goes on to its next number only after the acknowledgement of the one before is on disk, or after an error,
-//! when it never uses that number again: nobody knows whether such a commit happened, and nobody counts it.
+//! Invariant: a client goes on to its next number only after the acknowledgement of the one before is on disk, or after
+//! an error, when it never uses that number again: nobody knows whether such a commit happened, and nobody counts it.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

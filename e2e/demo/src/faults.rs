@@ -1,9 +1,8 @@
 //! Blows: a storage server killed with SIGKILL while it holds a copy that was just written.
 //!
 //! Invariant: a server is killed only if the committed map names an `Active` copy of the volume on it and its process
-//! wrote to its
-//! device within the second before; both are shown. What the kernel counts (`write_bytes` of the process) is believed, not what
-//! the server says of itself.
+//! wrote to its device within the second before; both are shown. What the kernel counts (`write_bytes` of the process)
+//! is believed, not what the server says of itself.
 
 use std::time::{Duration, Instant};
 
@@ -81,8 +80,8 @@ pub fn targets(cluster: &Cluster, volume: &str, spare: &[NodeId]) -> Result<Vec<
     Ok(found)
 }
 
-/// Kills a server of a volume that has just written, if possible on none of the nodes in `spare`. With `freeze`, its kubelet is
-/// stopped first, so that nothing starts the container again until [`thaw`].
+/// Kills a server of a volume that has just written, if possible on none of the nodes in `spare`. With `freeze`, its
+/// kubelet is stopped first, so that nothing starts the container again until [`thaw`].
 ///
 /// # Errors
 /// None of them writes.

@@ -1,6 +1,7 @@
 //! The programs, built, and the images that the demo and the tests put them in.
 //!
-//! The programs are linked with the machine's glibc, and the image brings glibc from the same Debian; so both are of one release.
+//! The programs are linked with the machine's glibc, and the image brings glibc from the same Debian; so both are of
+//! one release.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -45,7 +46,8 @@ pub fn source_tree() -> PathBuf {
     own.ancestors().nth(2).unwrap_or(own).to_path_buf()
 }
 
-/// Where the programs are, or will be: beside this one, so that both are of one build. `LAMINA_PROGRAMS` names another folder.
+/// Where the programs are, or will be: beside this one, so that both are of one build. `LAMINA_PROGRAMS` names another
+/// folder.
 #[must_use]
 pub fn programs_dir() -> PathBuf {
     if let Some(dir) = std::env::var_os("LAMINA_PROGRAMS") {
@@ -57,7 +59,8 @@ pub fn programs_dir() -> PathBuf {
     dir.parent().filter(|_| dir.ends_with("deps")).unwrap_or(dir).to_path_buf()
 }
 
-/// Builds the programs, with cargo's own progress on the terminal, unless `LAMINA_PROGRAMS` names a folder that has them.
+/// Builds the programs, with cargo's own progress on the terminal, unless `LAMINA_PROGRAMS` names a folder that has
+/// them.
 ///
 /// # Errors
 /// cargo fails.

@@ -8,7 +8,8 @@ use lamina_cluster::host::{HostError, run, wait_until, write};
 use crate::images::{SIDECARS, source_tree};
 use crate::kube::{KubeError, NAMESPACE, servers};
 
-/// The chart's values for a cluster of this machine: a file device on each node, and images by the names they were built under.
+/// The chart's values for a cluster of this machine: a file device on each node, and images by the names they were
+/// built under.
 #[must_use]
 pub fn values(cluster: &Cluster, device_size: &str) -> String {
     let sidecars =

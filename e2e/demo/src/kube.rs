@@ -155,7 +155,8 @@ pub fn processes(cluster: &Cluster, pod: &Pod) -> Result<Vec<i32>, KubeError> {
     Ok(cluster.pids_of(node).into_iter().filter(|pid| cgroup::in_any(*pid, &ids)).collect())
 }
 
-/// kubectl costs some 50 ms of a core: asked without pause it would take the machine from the programs that are looked at.
+/// kubectl costs some 50 ms of a core: asked without pause it would take the machine from the programs that are looked
+/// at.
 fn pause() {
     std::thread::sleep(Duration::from_millis(150));
 }

@@ -1,8 +1,9 @@
-//! The log of acknowledged commits: lines `client n milliseconds`, milliseconds since 1970 at which the acknowledgement was read.
+//! The log of acknowledged commits: lines `client n milliseconds`, milliseconds since 1970 at which the acknowledgement
+//! was read.
 //!
-//! Invariant: a line is written only after the database acknowledged the commit, and synced before the client goes on; so the
-//! log never names a commit that no client was told of. A last line without its end is a write that was cut off: it was
-//! acknowledged to nobody who could have read it, and is left out.
+//! Invariant: a line is written only after the database acknowledged the commit, and synced before the client goes on;
+//! so the log never names a commit that no client was told of. A last line without its end is a write that was cut off:
+//! it was acknowledged to nobody who could have read it, and is left out.
 
 use std::fmt;
 use std::fs::{File, OpenOptions};

@@ -1,8 +1,8 @@
 //! The story of the demo, from nothing to the verdict.
 //!
-//! Invariant: the order is load, blow, recovery, blow, recovery, move, verdict; each step checks what it promises and the first
-//! miss ends the run with an error that says what was missed. A kubelet that was stopped is let go on and a cordoned node is
-//! uncordoned on every way out.
+//! Invariant: the order is load, blow, recovery, blow, recovery, move, verdict; each step checks what it promises and
+//! the first miss ends the run with an error that says what was missed. A kubelet that was stopped is let go on and a
+//! cordoned node is uncordoned on every way out.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -262,7 +262,8 @@ impl Scene<'_> {
     fn show(&self, blow: &Blow) -> Result<(), Miss> {
         let target = &blow.target;
         self.teller.say(format_args!(
-            "SIGKILL to {} on {} (process {:?}): it had written {} KiB in the last {} ms and holds the Active copies {}",
+            "SIGKILL to {} on {} (process {:?}): it had written {} KiB in the last {} ms \
+             and holds the Active copies {}",
             target.pod.metadata.name,
             target.node,
             target.pids,
@@ -317,7 +318,8 @@ fn judge(cluster: &Cluster, log: &Path, teller: &Teller) -> Result<Verdict, Miss
         failures => return Err(Miss::Checksums(failures)),
     }
     teller.step("pg_amcheck over all tables and indexes", || {
-        let words = "exec postgres-0 -c postgres -- pg_amcheck -h 127.0.0.1 -U postgres --install-missing --all --heapallindexed";
+        let words = "exec postgres-0 -c postgres -- pg_amcheck -h 127.0.0.1 -U postgres \
+                     --install-missing --all --heapallindexed";
         cluster.kubectl(&words.split(' ').collect::<Vec<_>>())
     })?;
     teller.say("pg_amcheck is clean, no checksum failure was counted");

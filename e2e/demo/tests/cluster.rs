@@ -1,9 +1,9 @@
-//! Lamina on a real Kubernetes, as guarantees. One cluster for all cases, which run one after the other and share nothing but it.
+//! Lamina on a real Kubernetes, as guarantees. One cluster for all cases, which run one after the other and share
+//! nothing but it.
 //!
 //! Needs root, the programs of `e2e/cluster/build-tools.sh` and Lamina's own (built beside this test, or in
-//! `LAMINA_PROGRAMS`); a case that
-//! lacks something says so by name and counts as skipped. `LAMINA_TEST_CLUSTER` names the state directory of a cluster that is
-//! to be used and kept.
+//! `LAMINA_PROGRAMS`); a case that lacks something says so by name and counts as skipped. `LAMINA_TEST_CLUSTER` names
+//! the state directory of a cluster that is to be used and kept.
 //!
 //!   cargo test -p lamina-demo --test cluster -- moves grows      only cases with these words in their names
 #![allow(clippy::unwrap_used)]

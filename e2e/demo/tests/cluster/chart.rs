@@ -40,7 +40,8 @@ pub(crate) fn is_accepted(stage: &Stage) {
 
 pub(crate) fn rights_are_narrow(stage: &Stage) {
     let text = rendered(stage);
-    // Applied by hand where helm has not yet done so, and taken away again: helm takes over nothing that it did not make.
+    // Applied by hand where helm has not yet done so, and taken away again: helm takes over nothing that it did not
+    // make.
     let by_hand = stage.cluster.kubectl(&["get", "clusterrole", "lamina-operator"]).is_err();
     stage.cluster.kubectl(&["create", "namespace", "lamina"]).ok();
     let of_rights = |part: &&str| {

@@ -1,4 +1,5 @@
-//! The cluster that the cases share: brought up at the first case, filled as far as the next one needs, taken down at the end.
+//! The cluster that the cases share: brought up at the first case, filled as far as the next one needs, taken down at
+//! the end.
 
 use std::path::PathBuf;
 use std::time::Duration;

@@ -123,7 +123,8 @@ pub(crate) fn block(stage: &Stage) {
     let text = claim("raw", "64Mi", "Block", "lamina-demo") + &pod("raw", "raw", true, "");
     stage.cluster.apply(&text).unwrap();
     stage.await_pod("raw", "");
-    let script = "dd if=/dev/urandom of=/tmp/x bs=1M count=8 2>/dev/null && dd if=/tmp/x of=/dev/data bs=1M conv=fsync 2>/dev/null && \
+    let script = "dd if=/dev/urandom of=/tmp/x bs=1M count=8 2>/dev/null && \
+                  dd if=/tmp/x of=/dev/data bs=1M conv=fsync 2>/dev/null && \
                   dd if=/dev/data bs=1M count=8 iflag=direct 2>/dev/null | cmp - /tmp/x && echo same";
     assert_eq!(stage.sh("raw", script).unwrap().trim(), "same");
     let size: u64 = stage.sh("raw", "blockdev --getsize64 /dev/data").unwrap().trim().parse().unwrap();
@@ -177,7 +178,8 @@ pub(crate) fn plugin_killed(stage: &Stage) {
     let load = "cd /data; i=0; while [ ! -e /tmp/stop ]; do i=$((i + 1)); \
                 dd if=/dev/urandom of=/tmp/x bs=64k count=16 2>/dev/null || { echo load; exit 1; }; \
                 dd if=/tmp/x of=f$((i % 8)) bs=64k conv=fsync 2>/tmp/e || { cat /tmp/e; exit 1; }; \
-                dd if=f$((i % 8)) bs=64k iflag=direct 2>/tmp/e | cmp - /tmp/x || { cat /tmp/e; exit 1; }; echo $i; done; echo done";
+                dd if=f$((i % 8)) bs=64k iflag=direct 2>/tmp/e | cmp - /tmp/x || { cat /tmp/e; exit 1; }; \
+                echo $i; done; echo done";
     let words = stage.cluster.kubectl_words(&["exec", "plugin", "--", "sh", "-c", load]);
     let writer = std::process::Command::new(&words[0])
         .args(&words[1..])
