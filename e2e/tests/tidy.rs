@@ -157,7 +157,7 @@ fn has_word(line: &str, word: &str) -> bool {
     })
 }
 
-/// Absolute paths of the machines on which the project was made; `{dir}/work/` and `a/work/` are none.
+/// Absolute paths of the machines on which the project was made; folders of the same name elsewhere are none.
 fn machine_paths(path: &str, text: &str) -> Vec<String> {
     let starts = [concat!("/wo", "rk/"), concat!("/fa", "rm/")];
     let absolute = |l: &str, start: &str| {
