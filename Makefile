@@ -1,6 +1,6 @@
 # Every target is plain lines that also work typed by hand. `make help` lists them.
 SHELL := /bin/bash
-.PHONY: help demo clean-demo setup test quick unit simulate cluster-tools fmt fuzz golden clean
+.PHONY: help demo clean-demo setup test quick unit simulate bench bench-short cluster-tools fmt fuzz golden clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -29,6 +29,15 @@ unit: ## unit and process tests of the workspace
 
 simulate: ## five minutes of fresh seeds in the deterministic simulator (SECONDS_TO_RUN=300)
 	cargo run --release -p lamina-e2e --bin simulate -- --seconds $${SECONDS_TO_RUN:-300}
+
+bench: ## volumes beside qemu-nbd, nbdkit and the raw disk in one run, as ratios (25 minutes; keep the machine quiet)
+	cargo build --release -p lamina-operator -p lamina-storage-node -p lamina-csi-node -p lamina-bench
+	target/release/lamina-bench run --output target/bench.md $(BENCH)
+	LAMINA_PAGES=10000000 cargo test --release -q -p lamina-storage-node --lib many_pages -- --nocapture
+
+bench-short: ## the benchmark for a minute, with debug programs: only that it works
+	cargo build -p lamina-operator -p lamina-storage-node -p lamina-csi-node -p lamina-bench
+	target/debug/lamina-bench run --short
 
 cluster-tools: ## build etcd, Kubernetes, containerd, runc and the CSI sidecars from Go modules, once (about 10 minutes)
 	./e2e/cluster/build-tools.sh

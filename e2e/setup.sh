@@ -6,7 +6,7 @@ packages=(
   pkg-config libseccomp-dev gcc           # runc
   e2fsprogs xfsprogs util-linux fio       # filesystems and their load
   iproute2 iptables busybox-static        # network namespaces, images
-  qemu-utils libnbd-bin                   # peers for the NBD export
+  qemu-utils libnbd-bin nbdkit            # peers for the NBD export
 )
 missing=()
 for package in "${packages[@]}"; do
