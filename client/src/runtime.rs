@@ -7,7 +7,9 @@
 //! All frames of a buffer are parsed before anything is sent, and all that is to be sent on a connection leaves in one
 //! vectored write (data-path.md, Network).
 
-use crate::block::{BLOCK_BYTES, BlockError, BlockOp, BlockRequest, BlockResult, BlockTarget, MAX_REQUEST_BYTES};
+use crate::block::{
+    BLOCK_BYTES, BlockError, BlockOp, BlockRequest, BlockResult, BlockTarget, Completions, MAX_REQUEST_BYTES,
+};
 use bytes::Bytes;
 use lamina_protocol::control::DriverReport;
 use lamina_protocol::driver;
@@ -15,7 +17,7 @@ use lamina_protocol::ids::{ClusterId, Generation, ServerId};
 use lamina_protocol::map::VolumeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 mod clock;
 mod core;
@@ -100,6 +102,8 @@ pub(crate) enum Order {
     Request(BlockRequest, std::time::Instant),
     /// Everything that the process before left unanswered was handed in.
     Replayed,
+    /// Whether anything was ever written.
+    AskWritten(Arc<dyn Completions>),
 }
 
 impl Volume {
@@ -141,19 +145,46 @@ impl Volume {
 
     /// Of a take-over: every request that the process before left unanswered has been submitted again (R2).
     pub fn replayed(&self) {
-        let was_empty = {
-            let mut inbox = self.shared.inbox();
-            inbox.push(Order::Replayed);
-            inbox.len() == 1
-        };
-        if was_empty {
-            self.shared.wake.notify_one();
+        // A volume that is being closed has no replay to end.
+        let _ = self.shared.hand_in(Order::Replayed);
+    }
+
+    /// Whether any block was ever written, of what was answered before this call: the address of a page that was, in
+    /// bytes; `None` = every group of every layer says that none was (PROTOCOL.md §2.9, Blank). Waits while members are
+    /// away, as a read does.
+    ///
+    /// # Errors
+    /// [`BlockError::Io`]: the session is over, or not every layer can be asked: nothing is known then.
+    /// [`BlockError::Superseded`].
+    pub async fn written(&self) -> Result<Option<u64>, BlockError> {
+        if self.shared.superseded.load(Ordering::Acquire) {
+            return Err(BlockError::Superseded);
         }
+        let (answer, answered) = oneshot::channel();
+        let asker = Arc::new(Asker(Mutex::new(Some(answer))));
+        if self.shared.hand_in(Order::AskWritten(asker)).is_err() {
+            return Err(BlockError::Io);
+        }
+        let found = answered.await.unwrap_or(Err(BlockError::Io))?;
+        Ok(found.first_chunk().map(|bytes| u64::from_le_bytes(*bytes)))
     }
 
     /// Counters since it was opened.
     pub fn metrics(&self) -> &Metrics {
         &self.shared.metrics
+    }
+}
+
+/// Where the answer to one question goes.
+struct Asker(Mutex<Option<oneshot::Sender<BlockResult>>>);
+
+impl Completions for Asker {
+    fn complete(&self, _tag: u64, result: BlockResult) {
+        let answer = self.0.lock().expect("nothing panics under this lock").take();
+        if let Some(answer) = answer {
+            // Nobody waits any longer: nothing to tell.
+            let _ = answer.send(result);
+        }
     }
 }
 
@@ -217,14 +248,22 @@ impl Shared {
         if length == 0 { Err(Ok(Bytes::new())) } else { Ok(()) }
     }
 
-    /// Hand a request to the thread; wakes it if it found nothing there before. Gives it back when there is no room.
+    /// Hand a request to the thread. Gives it back when there is no room.
     fn queue(&self, request: BlockRequest) -> Result<(), BlockRequest> {
+        match self.hand_in(Order::Request(request, std::time::Instant::now())) {
+            Err(Order::Request(request, _)) => Err(request),
+            _ => Ok(()),
+        }
+    }
+
+    /// Hand something to the thread, in order; wakes it if it found nothing there before. Gives it back when there is no room.
+    fn hand_in(&self, order: Order) -> Result<(), Order> {
         let was_empty = {
             let mut inbox = self.inbox();
             if inbox.len() >= MAX_WAITING || self.closing.load(Ordering::Acquire) {
-                return Err(request);
+                return Err(order);
             }
-            inbox.push(Order::Request(request, std::time::Instant::now()));
+            inbox.push(order);
             inbox.len() == 1
         };
         if was_empty {

@@ -9,7 +9,6 @@ use lamina_csi_api::capability::Filesystem;
 use std::io;
 use std::path::{Path, PathBuf};
 
-mod blank;
 pub mod linux;
 mod programs;
 
@@ -133,12 +132,6 @@ pub trait Host: Send + Sync {
     /// # Errors
     /// [`HostError`].
     fn signature(&self, device: &Path) -> Result<Option<String>, HostError>;
-    /// Whether the places where anything would have left traces read as zeroes: the first and the last MiB, and a block
-    /// at each multiple of 128 MiB and of a quarter of the device (copies of ext4's and xfs's superblocks).
-    ///
-    /// # Errors
-    /// [`HostError::System`].
-    fn looks_blank(&self, device: &Path) -> Result<bool, HostError>;
     /// Make a filesystem, whatever is there.
     ///
     /// # Errors

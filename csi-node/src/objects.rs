@@ -3,6 +3,7 @@
 //! The node writes `status.filesystem` and nothing else, under its own field manager and only over what it has read
 //! (PROTOCOL.md §2.4: all else of `status` is the leader's).
 
+use lamina_crds::id::Id;
 use lamina_crds::volume::Filesystem;
 use lamina_csi_api::name::VolumeHandle;
 use lamina_protocol::ids::SessionId;
@@ -24,6 +25,9 @@ pub enum ObjectError {
     /// Another node has noted something else meanwhile.
     #[error("status.filesystem is not what it was: somebody else changed it")]
     Changed,
+    /// The committed map does not list the session that would note something.
+    #[error("the session is not in the volume's committed map: it may note nothing of its filesystem")]
+    NotListed,
     /// Others write the object all the time.
     #[error("the object is being changed by others all the time")]
     Contended,
@@ -56,6 +60,12 @@ impl Drop for Followed {
     }
 }
 
+/// Whether the committed map lists the session that a note names.
+pub(crate) fn may_note(map: Option<&VolumeMap>, now: Option<&Filesystem>) -> bool {
+    let Some(session) = now.and_then(|now| now.session.as_ref()).and_then(Id::value) else { return now.is_none() };
+    map.is_some_and(|map| map.session(SessionId(session)).is_some())
+}
+
 /// The `Volume` objects.
 #[tonic::async_trait]
 pub trait VolumeObjects: Send + Sync {
@@ -63,7 +73,8 @@ pub trait VolumeObjects: Send + Sync {
     async fn find(&self, volume: VolumeHandle) -> Result<Option<Seen>, ObjectError>;
     /// Its maps from now on.
     fn follow(&self, volume: VolumeHandle) -> Followed;
-    /// Note a filesystem in place of what was noted, exactly.
+    /// Note a filesystem in place of what was noted, exactly, and only while the committed map lists the session that
+    /// `now` names.
     async fn note_filesystem(
         &self,
         volume: VolumeHandle,

@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex};
 use tokio::sync::{mpsc, oneshot, watch};
 
 /// A volume that a driver serves. Dropping the last reference ends the driver.
+#[tonic::async_trait]
 pub trait OpenVolume: BlockTarget {
     /// What it is doing; the receiver wakes at every change.
     fn status(&self) -> watch::Receiver<Status>;
@@ -21,8 +22,15 @@ pub trait OpenVolume: BlockTarget {
     fn replayed(&self);
     /// Counters.
     fn metrics(&self) -> &Metrics;
+    /// The address of a page that was ever written, bytes; `None` = every group says that none was. Waits while storage
+    /// servers are away.
+    ///
+    /// # Errors
+    /// As [`Volume::written`]: nothing is known then.
+    async fn written(&self) -> Result<Option<u64>, BlockError>;
 }
 
+#[tonic::async_trait]
 impl OpenVolume for Volume {
     fn status(&self) -> watch::Receiver<Status> {
         Self::status(self)
@@ -34,6 +42,10 @@ impl OpenVolume for Volume {
 
     fn metrics(&self) -> &Metrics {
         Self::metrics(self)
+    }
+
+    async fn written(&self) -> Result<Option<u64>, BlockError> {
+        Self::written(self).await
     }
 }
 

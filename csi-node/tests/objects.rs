@@ -87,6 +87,7 @@ async fn the_note_of_the_filesystem_is_written_only_over_what_was_read() {
     let Some(cluster) = Cluster::start("the_note_of_the_filesystem").await else { return };
     cluster.create("other", 1).await;
     cluster.create("db", HANDLE).await;
+    cluster.status("db", map(1, &[1])).await;
     let objects = &cluster.objects;
     assert_eq!(objects.find(handle()).await.unwrap().unwrap().filesystem, None);
     let (begun, done) = (noted("ext4", FilesystemState::Formatting), noted("ext4", FilesystemState::Formatted));
@@ -103,6 +104,9 @@ async fn the_note_of_the_filesystem_is_written_only_over_what_was_read() {
     let volume = cluster.volumes.get("db").await.unwrap();
     assert_eq!(volume.status.unwrap().filesystem, None);
     assert_eq!(cluster.volumes.get("other").await.unwrap().status.unwrap().filesystem, None);
+    cluster.status("db", map(2, &[2])).await;
+    let refused = objects.note_filesystem(handle(), None, Some(&begun)).await.unwrap_err();
+    assert!(matches!(refused, ObjectError::NotListed), "a session that is out notes nothing: {refused}");
     let gone = objects.note_filesystem(VolumeHandle::new(77), None, Some(&done)).await.unwrap_err();
     assert!(matches!(gone, ObjectError::Gone(_)), "{gone}");
 }
@@ -111,9 +115,10 @@ async fn the_note_of_the_filesystem_is_written_only_over_what_was_read() {
 async fn the_note_and_the_leaders_writes_do_not_undo_each_other() {
     let Some(cluster) = Cluster::start("the_note_and_the_leaders_writes").await else { return };
     cluster.create("db", HANDLE).await;
+    cluster.status("db", map(1, &[1])).await;
     let (begun, done) = (noted("ext4", FilesystemState::Formatting), noted("ext4", FilesystemState::Formatted));
     let leader = async {
-        for generation in 1..=20 {
+        for generation in 2..=20 {
             cluster.status("db", map(generation, &[1])).await;
         }
     };

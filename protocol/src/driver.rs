@@ -33,6 +33,7 @@ mod redirect;
 mod session;
 mod view;
 mod write;
+mod written;
 
 #[cfg(test)]
 mod tests;
@@ -84,6 +85,9 @@ pub enum Op {
     },
     /// All that was answered before becomes durable on all members.
     Flush,
+    /// Whether any block of the volume was ever written, in any layer and group (a discard counts). Takes in what was
+    /// answered before.
+    AskWritten,
 }
 
 /// Why a request of the OS fails.
@@ -169,7 +173,8 @@ pub enum Output {
     Complete {
         /// Which request.
         tag: Tag,
-        /// Data of a read, nothing for the others.
+        /// Data of a read; of [`Op::AskWritten`] the address of a page that was written, 8 bytes little endian, if there
+        /// is one; else nothing.
         result: Result<Bytes, OpError>,
     },
     /// Tell the leader.

@@ -14,6 +14,7 @@
 //! | `reconfigure` | promise, fence, serve, copies |
 //! | `report` | heartbeats, inventory, what a fence reply says |
 //! | `pull`, `fill`, `settle` | pages from peers |
+//! | `survey` | which pages were ever written |
 //! | `volume` | what is known of a volume, and what of it is durable |
 
 // A refusal is a reply that is moved once, off the hot path; boxing it would only hide that it is a value.
@@ -36,6 +37,7 @@ mod reconfigure;
 mod report;
 mod requests;
 mod settle;
+mod survey;
 mod volume;
 
 #[cfg(test)]

@@ -240,6 +240,15 @@ pub enum RequestBody {
         /// The group.
         group: u32,
     },
+    /// Which pages of a group were ever written; answered with [`ReplyBody::Written`], as a read would be.
+    Written {
+        /// The layer.
+        layer: LayerId,
+        /// The group.
+        group: u32,
+        /// Page to begin at.
+        from: u64,
+    },
 }
 
 /// What a server answers. From `Superseded` on these are the numbered replies of the comparator and its kin: values,
@@ -298,6 +307,13 @@ pub enum ReplyBody {
     Pages {
         /// Their numbers.
         pages: Vec<u64>,
+    },
+    /// To `Written`: a piece of the list.
+    Written {
+        /// Pages with a block that is not absent, rising.
+        pages: Vec<u64>,
+        /// Page from which to ask on; `u64::MAX` = the list is whole.
+        next: u64,
     },
     /// A higher incarnation or handle is open.
     Superseded {
@@ -387,6 +403,7 @@ wire_enum!(RequestBody {
     14 = Fill { layer, group, page },
     15 = Settle { layer, group, page },
     16 = Suspects { layer, group },
+    17 = Written { layer, group, from },
 });
 wire_enum!(ReplyBody {
     1 = Hello { server, version, features, max_frame_bytes, window_requests, window_bytes },
@@ -396,6 +413,7 @@ wire_enum!(ReplyBody {
     5 = Map { map },
     6 = Page { blocks, pending, pending_before_start, missed, next },
     7 = Pages { pages },
+    8 = Written { pages, next },
     32 = Superseded { highest },
     33 = Behind { own },
     34 = Ended,
@@ -456,6 +474,7 @@ impl ReplyBody {
                 | Self::Map { .. }
                 | Self::Page { .. }
                 | Self::Pages { .. }
+                | Self::Written { .. }
         )
     }
 }

@@ -139,6 +139,10 @@ impl Core {
         let orders = std::mem::take(&mut *self.shared.inbox());
         let inputs = orders.into_iter().filter_map(|order| match order {
             Order::Replayed => Some(Input::Replayed),
+            Order::AskWritten(completions) => {
+                let (tag, op) = self.state.borrow_mut().table.enter_question(completions);
+                Some(Input::Submit { tag, op })
+            }
             Order::Request(request, since) => {
                 let mut state = self.state.borrow_mut();
                 match state.table.enter(request, since) {
@@ -353,8 +357,10 @@ impl Core {
         };
         left.into_iter().for_each(Answer::deliver);
         for order in std::mem::take(&mut *self.shared.inbox()) {
-            if let Order::Request(request, _) = order {
-                request.completions.complete(request.tag, Err(BlockError::Io));
+            match order {
+                Order::Request(request, _) => request.completions.complete(request.tag, Err(BlockError::Io)),
+                Order::AskWritten(completions) => completions.complete(0, Err(BlockError::Io)),
+                Order::Replayed => {}
             }
         }
     }

@@ -14,6 +14,8 @@ enum Kind {
     Write,
     Discard,
     Flush,
+    /// Whether anything was ever written; no front end asks this, and it is not counted.
+    Question,
 }
 
 /// One request under way.
@@ -78,15 +80,25 @@ impl Table {
         let bytes = match &op {
             Op::Read { length, .. } | Op::Discard { length, .. } => *length,
             Op::Write { data, .. } => data.len() as u64,
-            Op::Flush => 0,
+            Op::Flush | Op::AskWritten => 0,
         };
-        let pending = Pending { tag, completions, since, kind, bytes, flush_after };
+        Ok((self.keep(Pending { tag, completions, since, kind, bytes, flush_after }), op))
+    }
+
+    /// Enter the question whether anything was ever written.
+    pub(super) fn enter_question(&mut self, completions: Arc<dyn Completions>) -> (Tag, Op) {
+        let since = Instant::now();
+        let pending = Pending { tag: 0, completions, since, kind: Kind::Question, bytes: 0, flush_after: false };
+        (self.keep(pending), Op::AskWritten)
+    }
+
+    fn keep(&mut self, pending: Pending) -> Tag {
         let slot = self.free.pop().unwrap_or_else(|| {
             self.slots.push(None);
             self.slots.len() - 1
         });
         self.slots[slot] = Some(pending);
-        Ok((Tag(slot as u64), op))
+        Tag(slot as u64)
     }
 
     /// The driver has answered an operation.
@@ -98,7 +110,9 @@ impl Table {
         }
         let pending = self.slots[slot].take().expect("just seen");
         self.free.push(slot);
-        pending.counters(metrics).count(pending.bytes, result.is_err(), pending.since.elapsed());
+        if let Some(counters) = pending.counters(metrics) {
+            counters.count(pending.bytes, result.is_err(), pending.since.elapsed());
+        }
         let result = result.map_err(|error| match error {
             OpError::Io => BlockError::Io,
             OpError::NoSpace => BlockError::NoSpace,
@@ -121,12 +135,13 @@ impl Table {
 }
 
 impl Pending {
-    fn counters<'m>(&self, metrics: &'m Metrics) -> &'m OpMetrics {
+    fn counters<'m>(&self, metrics: &'m Metrics) -> Option<&'m OpMetrics> {
         match self.kind {
-            Kind::Read => &metrics.reads,
-            Kind::Write => &metrics.writes,
-            Kind::Discard => &metrics.discards,
-            Kind::Flush => &metrics.flushes,
+            Kind::Read => Some(&metrics.reads),
+            Kind::Write => Some(&metrics.writes),
+            Kind::Discard => Some(&metrics.discards),
+            Kind::Flush => Some(&metrics.flushes),
+            Kind::Question => None,
         }
     }
 }

@@ -138,6 +138,12 @@ impl Bench {
         result
     }
 
+    fn written(&self) -> Result<Option<u64>, BlockError> {
+        let reactor = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        let asked = async { tokio::time::timeout(PATIENCE, self.volume.written()).await };
+        reactor.block_on(asked).expect("an answer")
+    }
+
     fn report(&mut self) -> DriverReport {
         let reactor = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
         let wait = async { tokio::time::timeout(PATIENCE, self.reports.recv()).await };
@@ -173,6 +179,32 @@ fn what_is_written_is_on_every_member_and_reads_back() {
     let read = bench.ask(BlockOp::Read { address: 1 << 19, length: 4096 });
     assert_eq!(read, Ok(Bytes::from(vec![0; 4096])));
     assert!(!a.blocks().is_empty() && a.blocks() == b.blocks());
+}
+
+#[test]
+fn a_volume_is_blank_until_its_first_write_in_whatever_group() {
+    let fakes: Vec<_> = (0..3).map(Fake::start).collect();
+    let addresses: Vec<_> = fakes.iter().map(Fake::address).collect();
+    let bench = Bench::served(map(1, &addresses, &[&[0, 1], &[1, 2], &[2, 0]]));
+    assert_eq!(bench.written(), Ok(None));
+    let address = 7 << 20;
+    assert_eq!(bench.ask(write(address, vec![1; 4096])), Ok(Bytes::new()));
+    let found = bench.written().unwrap().expect("written");
+    assert_eq!((address / (64 << 10)) % 3, (found / (64 << 10)) % 3, "in the group that was written");
+    assert_eq!(bench.volume.metrics().reads.requests.load(Ordering::Relaxed), 0, "it is no request of the kernel");
+}
+
+#[test]
+fn whether_a_volume_is_blank_is_not_known_without_an_answer() {
+    let a = Fake::start(0);
+    let bench = Bench::served(map(1, &[a.address()], &[&[0]]));
+    a.set(Serving::Silent);
+    let reactor = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    let asked = async { tokio::time::timeout(Duration::from_millis(300), bench.volume.written()).await };
+    assert!(reactor.block_on(asked).is_err(), "it waits, as a read does");
+    let Bench { volume, .. } = bench;
+    volume.shared.closing.store(true, Ordering::Release);
+    assert_eq!(reactor.block_on(volume.written()), Err(BlockError::Io));
 }
 
 #[test]

@@ -3,7 +3,7 @@
 //! Mounts are made by system calls, not by mount(8), whose namesake in busybox knows fewer options. Nothing here is
 //! forced: what is in use stays, unless the caller asks to unmount lazily.
 
-use super::{Host, HostError, Usage, blank, programs};
+use super::{Host, HostError, Usage, programs};
 use crate::device::mounts::{self, Mount};
 use crate::device::{self, Device, DeviceError, DeviceKind, DeviceSpec};
 use crate::holder::HolderClient;
@@ -131,11 +131,6 @@ impl Host for LinuxHost {
 
     fn signature(&self, device: &Path) -> Result<Option<String>, HostError> {
         programs::signature(device)
-    }
-
-    fn looks_blank(&self, device: &Path) -> Result<bool, HostError> {
-        let blank = size_of(device).and_then(|size| blank::looks_blank(device, size));
-        blank.map_err(HostError::at("read", device))
     }
 
     fn format(&self, device: &Path, filesystem: Filesystem) -> Result<(), HostError> {

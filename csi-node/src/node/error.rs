@@ -58,8 +58,18 @@ pub enum NodeError {
     #[error("status.filesystem says that there is a filesystem, but there is no signature of it: it is not made again")]
     SignatureLost,
     /// FAILED_PRECONDITION.
-    #[error("the volume was written without a filesystem: it is not formatted over that")]
-    NotBlank,
+    #[error(
+        "the volume was written (page at byte {address}) but shows no filesystem: it is not formatted over that. If it \
+         was used as a raw block device, use it so again; if its data is to go, delete the volume and make a new one; \
+         if a filesystem was here, keep it and look for what damaged it"
+    )]
+    NotBlank {
+        /// Of a page that was written, bytes.
+        address: u64,
+    },
+    /// INTERNAL.
+    #[error("the storage servers do not say whether the volume was ever written: {0}")]
+    Unknown(lamina_client::block::BlockError),
     /// FAILED_PRECONDITION.
     #[error("the volume has no filesystem and is attached read-only")]
     NothingToRead,
@@ -109,11 +119,11 @@ impl From<NodeError> for Status {
             | E::NotStaged
             | E::OtherFilesystem { .. }
             | E::SignatureLost
-            | E::NotBlank
+            | E::NotBlank { .. }
             | E::NothingToRead
             | E::Device(DeviceError::NotYet(_))
             | E::Host(HostError::NeedsRepair { .. } | HostError::Missing { .. }) => Self::failed_precondition(text),
-            E::Flush(_) | E::Record(_) | E::Device(_) | E::Host(_) | E::Open(_) => Self::internal(text),
+            E::Flush(_) | E::Unknown(_) | E::Record(_) | E::Device(_) | E::Host(_) | E::Open(_) => Self::internal(text),
         }
     }
 }

@@ -1,18 +1,21 @@
-//! The filesystem of a volume: made once, never over anything.
+//! The filesystem of a volume: made once, never over anything (PROTOCOL.md §2.9, Blank).
 //!
 //! ```text
 //! status.filesystem   on the device                         done
 //! unset               the wanted filesystem                 mounted; noted as Formatted
-//! unset               another signature, or not blank       refused
-//! unset               blank                                 Formatting -> mkfs -> flush -> Formatted
-//! Formatting          anything: nobody has mounted it yet   mkfs -> flush -> Formatted
+//! unset               another signature                     refused
+//! unset               none, and some block was written      refused
+//! unset               none, and no block was ever written   Formatting -> mkfs -> flush -> Formatted
+//! Formatting          none, or the filesystem begun         mkfs -> flush -> Formatted
+//! Formatting          another signature                     refused: no mkfs of ours left that
 //! Formatted           the wanted filesystem                 mounted
 //! Formatted           anything else, nothing included       refused, never formatted
 //! ```
-//! `Formatting` is noted before mkfs and `Formatted` before the first mount, both only over what was read, so whatever
-//! lies under `Formatting` comes from a mkfs that was cut short. "Blank" is what [`crate::host::Host::looks_blank`] can
-//! see by reading and blkid finds no signature on; the wire cannot yet ask every group whether any block was ever
-//! written.
+//! `Formatting` is noted before mkfs and `Formatted` before the first mount, both only over what was read and only while
+//! the committed map lists the session that notes it. A session that is out never comes back and a volume with a
+//! filesystem has one session at a time, so nobody wrote between the storage servers' word that nothing was written and
+//! the note; and whoever hands the device out otherwise takes the note away first. So whatever lies under `Formatting`
+//! comes from a mkfs that was cut short.
 
 use super::{Node, NodeError, Open, blocking};
 use crate::opener::flush;
@@ -75,10 +78,12 @@ impl Node {
             if let Some(found) = found {
                 return Err(other(&found, wanted));
             }
-            let (host, device) = (self.host(), device.to_owned());
-            if !blocking(move || host.looks_blank(&device)).await? {
-                return Err(NodeError::NotBlank);
-            }
+            self.must_be_blank(open).await?;
+        } else if let Some(found) = found.filter(|found| {
+            let begun = noted.is_some_and(|noted| noted.kind == *found);
+            !begun && found != wanted.as_str()
+        }) {
+            return Err(other(&found, wanted));
         }
         self.note(volume, noted, wanted, session, FilesystemState::Formatting).await?;
         tracing::info!(%volume, filesystem = %wanted, "making the filesystem");
@@ -87,6 +92,15 @@ impl Node {
         flush(&*open.driver).await?;
         let begun = entry(wanted, session, FilesystemState::Formatting);
         self.note(volume, Some(&begun), wanted, session, FilesystemState::Formatted).await
+    }
+
+    /// Every group must say that no block was ever written; without an answer nothing is known.
+    async fn must_be_blank(&self, open: &Open) -> Result<(), NodeError> {
+        let asked = tokio::time::timeout(self.parts.patience.serving, open.driver.written()).await;
+        match asked.map_err(|_| NodeError::NotServing)?.map_err(NodeError::Unknown)? {
+            None => Ok(()),
+            Some(address) => Err(NodeError::NotBlank { address }),
+        }
     }
 
     async fn note(

@@ -216,7 +216,7 @@ async fn a_filesystem_is_made_once_and_only_on_what_was_never_written() {
     // noted, on the device, blank; formatted?, or the refusal
     type Case = (Option<(&'static str, FilesystemState)>, Option<&'static str>, bool, Result<bool, Code>);
     let refused = Err(Code::FailedPrecondition);
-    let cases: [Case; 10] = [
+    let cases: [Case; 13] = [
         (None, None, true, Ok(true)),
         (None, None, false, refused),
         (None, Some("ext4"), false, Ok(false)),
@@ -224,6 +224,9 @@ async fn a_filesystem_is_made_once_and_only_on_what_was_never_written() {
         (None, Some("LVM2_member"), false, refused),
         (Some(("ext4", Formatting)), None, false, Ok(true)),
         (Some(("ext4", Formatting)), Some("ext4"), false, Ok(true)),
+        (Some(("xfs", Formatting)), Some("xfs"), false, Ok(true)),
+        (Some(("xfs", Formatting)), Some("ext4"), false, Ok(true)),
+        (Some(("ext4", Formatting)), Some("LVM2_member"), false, refused),
         (Some(("ext4", Formatted)), Some("ext4"), false, Ok(false)),
         (Some(("ext4", Formatted)), None, true, refused),
         (Some(("xfs", Formatted)), Some("xfs"), false, refused),
@@ -243,6 +246,39 @@ async fn a_filesystem_is_made_once_and_only_on_what_was_never_written() {
             assert_eq!(world.mounts(), [""; 0]);
         }
     }
+}
+
+#[tokio::test]
+async fn nothing_is_formatted_while_nobody_says_whether_it_was_written() {
+    let world = World::new(3, &[1]);
+    world.servers_away(true);
+    let node = world.node();
+    let error = node.stage(&stage_wish(1, Kind::Ext4)).await.unwrap_err();
+    assert_eq!(code(error), Code::Unavailable);
+    assert_eq!((world.noted(), world.done().contains(&"format ext4".to_owned())), (None, false));
+    world.servers_away(false);
+    node.stage(&stage_wish(1, Kind::Ext4)).await.unwrap();
+    assert_eq!(world.mounts(), ["/staging"]);
+}
+
+#[tokio::test]
+async fn a_session_that_is_out_by_now_does_not_note_a_formatting() {
+    // Blank when it was asked; then another session had the volume raw, and wrote.
+    let world = World::new(3, &[1]);
+    world.at("attach", |world| world.admit(4, &[2]));
+    let error = world.node().stage(&stage_wish(1, Kind::Ext4)).await.unwrap_err();
+    assert!(matches!(error, NodeError::Objects(crate::objects::ObjectError::NotListed)), "{error}");
+    assert_eq!((world.noted(), world.done().contains(&"format ext4".to_owned())), (None, false));
+}
+
+#[tokio::test]
+async fn a_volume_written_without_a_filesystem_is_refused_with_what_to_do() {
+    let world = World::new(3, &[1]);
+    world.filesystem(None, None, false);
+    let error = world.node().stage(&stage_wish(1, Kind::Ext4)).await.unwrap_err();
+    let text = error.to_string();
+    assert!(text.contains("byte 41943040") && text.contains("make a new one"), "{text}");
+    assert_eq!(code(error), Code::FailedPrecondition);
 }
 
 #[tokio::test]

@@ -1,6 +1,6 @@
 //! The `Volume` objects of a cluster.
 
-use super::{Followed, ObjectError, Seen, VolumeObjects};
+use super::{Followed, ObjectError, Seen, VolumeObjects, may_note};
 use futures::StreamExt;
 use kube::api::{Api, ListParams, Patch, PatchParams};
 use kube::runtime::WatchStreamExt;
@@ -68,6 +68,9 @@ impl VolumeObjects for KubeObjects {
             }
             if noted != was {
                 return Err(ObjectError::Changed);
+            }
+            if !may_note(readable_map(&object).as_ref(), now) {
+                return Err(ObjectError::NotListed);
             }
             // The resource version is the guard: what was read is what is replaced. A merge patch takes null for
             // "remove".

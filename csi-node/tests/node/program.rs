@@ -157,6 +157,7 @@ impl FileVolume {
     }
 }
 
+#[tonic::async_trait]
 impl OpenVolume for FileVolume {
     fn status(&self) -> watch::Receiver<Status> {
         self.status.subscribe()
@@ -166,6 +167,12 @@ impl OpenVolume for FileVolume {
 
     fn metrics(&self) -> &Metrics {
         &self.metrics
+    }
+
+    async fn written(&self) -> Result<Option<u64>, BlockError> {
+        // What was never written is a hole of the file.
+        let found = rustix::fs::seek(&self.file, rustix::fs::SeekFrom::Data(0));
+        Ok(found.ok())
     }
 }
 

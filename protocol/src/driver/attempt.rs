@@ -26,8 +26,9 @@ impl Driver {
             Wish::Write { address, data } => Kind::Write { address, data },
             Wish::Discard { address, length } => Kind::Discard { address, length },
             Wish::Flush => Kind::Broadcast(Broadcast::Flush { covers: Seq(0), acks: 0 }),
+            Wish::AskWritten => Kind::Written,
         };
-        let empty = !matches!(kind, Kind::Broadcast(_)) && kind.range().is_empty();
+        let empty = !kind.is_whole() && kind.range().is_empty();
         if empty {
             self.out.push(Output::Complete { tag, result: Ok(Bytes::new()) });
             return;
@@ -45,7 +46,7 @@ impl Driver {
     pub(super) fn enter(&mut self, mut op: Op) -> OpId {
         self.next_op += 1;
         let id = OpId(self.next_op);
-        if !matches!(op.kind, Kind::Broadcast(_)) {
+        if !op.kind.is_whole() {
             let mut before = std::mem::take(&mut self.before);
             let order = if op.handles_loss() { &mut self.rewrite_order } else { &mut self.order };
             order.enter(id, &op.kind.range(), op.kind.changes_blocks(), &mut before);
@@ -140,6 +141,7 @@ impl Driver {
                 Kind::Read { address, length } => self.issue_read(id, &view, address, length, at),
                 Kind::Write { .. } => self.issue_write(id, &view, at),
                 Kind::Discard { address, length } => self.issue_discard(id, &view, address, length, at),
+                Kind::Written => self.issue_written(id, &view, at),
                 Kind::Broadcast(_) => unreachable!("a broadcast is sent whole"),
             }
         }
@@ -165,7 +167,7 @@ impl Driver {
     /// A frame will not be answered: its connection is gone.
     pub(super) fn frame_lost(&mut self, id: OpId, attempt: u32) {
         if self.ops.get(&id).is_some_and(|op| op.attempt.number == attempt) {
-            let handles = !matches!(self.ops[&id].kind, Kind::Read { .. });
+            let handles = !matches!(self.ops[&id].kind, Kind::Read { .. } | Kind::Written);
             self.frame_set_back(id, Setback::Hold(Hold { handles, ..Hold::default() }));
         }
     }
@@ -236,7 +238,7 @@ impl Driver {
     /// Every part was answered with success.
     fn attempt_succeeded(&mut self, id: OpId) {
         match self.ops[&id].kind {
-            Kind::Read { .. } => self.hand_over(id),
+            Kind::Read { .. } | Kind::Written => self.hand_over(id),
             Kind::Write { .. } | Kind::Discard { .. } => self.change_succeeded(id),
             Kind::Broadcast(broadcast) => self.broadcast_answered(id, broadcast),
         }

@@ -71,20 +71,36 @@ pub(super) enum Broadcast {
 /// What is asked.
 #[derive(Clone, Debug)]
 pub(super) enum Kind {
-    Read { address: u64, length: u64 },
-    Write { address: u64, data: Bytes },
-    Discard { address: u64, length: u64 },
+    Read {
+        address: u64,
+        length: u64,
+    },
+    Write {
+        address: u64,
+        data: Bytes,
+    },
+    Discard {
+        address: u64,
+        length: u64,
+    },
+    /// Whether any block was ever written.
+    Written,
     Broadcast(Broadcast),
 }
 
 impl Kind {
-    /// The bytes of the volume that it concerns; none for a broadcast.
+    /// The bytes of the volume that it concerns; none where it is about the volume as a whole.
     pub(super) fn range(&self) -> Range<u64> {
         match self {
             Self::Read { address, length } | Self::Discard { address, length } => *address..*address + *length,
             Self::Write { address, data } => *address..*address + data.len() as u64,
-            Self::Broadcast(_) => 0..0,
+            Self::Written | Self::Broadcast(_) => 0..0,
         }
+    }
+
+    /// Whether it is about the volume as a whole and waits for no write.
+    pub(super) fn is_whole(&self) -> bool {
+        matches!(self, Self::Written | Self::Broadcast(_))
     }
 
     /// Whether it changes blocks.

@@ -57,6 +57,18 @@ pub(super) struct Partial {
     pub(super) missing: Vec<u32>,
 }
 
+/// A question for the written pages of one group of one layer.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct WrittenPart {
+    pub(super) op: OpId,
+    pub(super) attempt: u32,
+    /// Index of the layer in the map.
+    pub(super) layer: usize,
+    pub(super) group: u32,
+    /// Page to begin at.
+    pub(super) from: u64,
+}
+
 /// Which `Open`: replies to an earlier one say nothing.
 pub(super) type OpenKey = (Incarnation, OpenNumber);
 
@@ -66,6 +78,7 @@ pub(super) enum What {
     Open(OpenKey),
     Ping,
     Read(ReadPart),
+    Written(WrittenPart),
     /// Any other frame of an attempt.
     Part {
         op: OpId,
@@ -78,6 +91,7 @@ impl What {
     pub(super) fn attempt(&self) -> Option<(OpId, u32)> {
         match self {
             Self::Read(part) => Some((part.op, part.attempt)),
+            Self::Written(part) => Some((part.op, part.attempt)),
             Self::Part { op, attempt } => Some((*op, *attempt)),
             Self::Open(_) | Self::Ping => None,
         }

@@ -108,8 +108,10 @@ impl Driver {
             return self.ask_for_lease(&view, groups);
         }
         let op = self.ops.get_mut(&id).expect("just seen");
+        let nothing = matches!(op.attempt.gathered, Gathered::Nothing);
+        assert!(!nothing || op.kind.is_whole(), "every part of a read has brought data");
         let data = match std::mem::take(&mut op.attempt.gathered) {
-            Gathered::Nothing => unreachable!("every part has brought data"),
+            Gathered::Nothing => Bytes::new(),
             Gathered::Whole(data) => data,
             Gathered::Pieces(pieces) => pieces.freeze(),
         };

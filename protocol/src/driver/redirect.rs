@@ -46,7 +46,10 @@ impl Driver {
     }
 
     fn answered(&mut self, server: ServerId, sent: Sent, frame: ReplyFrame) {
-        let served = matches!(frame.body, ReplyBody::Done | ReplyBody::Data | ReplyBody::BadBlock { .. });
+        let served = matches!(
+            frame.body,
+            ReplyBody::Done | ReplyBody::Data | ReplyBody::BadBlock { .. } | ReplyBody::Written { .. }
+        );
         if served && sent.what.is_served_alike() {
             let peer = self.peers.get_mut(&server).expect("the caller found it");
             peer.served(sent.generation, sent.at);
@@ -99,6 +102,9 @@ impl Driver {
                 if payload.len() == part.length as usize && blocks_fit(&blocks, part.length) =>
             {
                 self.read_bad(part, payload, blocks);
+            }
+            (What::Written(part), ReplyBody::Written { pages, next }) if self.written_fits(part, &pages, next) => {
+                self.written_answered(part, &pages, next);
             }
             (What::Part { .. }, ReplyBody::Done) => self.frame_done(id),
             (what, body) if body.is_success() || matches!(body, ReplyBody::BadBlock { .. }) => {

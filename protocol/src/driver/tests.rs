@@ -7,3 +7,4 @@ mod ordering;
 mod reading;
 mod sessions;
 mod writing;
+mod written;

@@ -181,7 +181,7 @@ impl Driver {
         let change = match op.kind {
             Kind::Write { address, data } => Change::Write { address, data },
             Kind::Discard { address, length } => Change::Discard { address, length },
-            Kind::Read { .. } | Kind::Broadcast(_) => unreachable!("only changes are kept"),
+            Kind::Read { .. } | Kind::Written | Kind::Broadcast(_) => unreachable!("only changes are kept"),
         };
         self.kept.acknowledge(op.kept_bytes, single.then_some(change));
         self.changed_at = self.now;

@@ -16,6 +16,7 @@ use bytes::{Bytes, BytesMut};
 use std::ops::Range;
 
 use super::fill::{ApplyPage, ServePage};
+use super::survey::Survey;
 
 /// Names an execution.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -65,6 +66,8 @@ pub(super) enum Work {
         to: ReplyTo,
         pages: Vec<(BootId, PageKey)>,
     },
+    /// Which pages were ever written.
+    Survey(Survey),
     /// The source of a fill or settle.
     Serve(ServePage),
     /// A page from a peer.
@@ -108,6 +111,7 @@ impl Work {
             | Self::Discard { to }
             | Self::Flush { to, .. }
             | Self::Reserve { to, .. } => Some(*to),
+            Self::Survey(survey) => Some(survey.to),
             Self::Serve(serve) => Some(serve.to),
             Self::Apply(_) | Self::Unsync => None,
         }
@@ -135,6 +139,11 @@ impl Exec {
         devices: usize,
     ) -> Self {
         Self::pageless(volume, boot, Work::Reserve { to, pages }, devices as u32)
+    }
+
+    /// A survey of a layer's pages: it waits for nothing that runs on them.
+    pub(super) fn survey(volume: VolumeId, boot: BootId, survey: Survey) -> Self {
+        Self::pageless(volume, boot, Work::Survey(survey), 0)
     }
 
     fn pageless(volume: VolumeId, boot: BootId, work: Work, outstanding: u32) -> Self {
@@ -296,7 +305,7 @@ impl StorageServer {
             Work::Serve(_) => self.run_serve(id),
             Work::Apply(_) => self.run_apply(id),
             Work::Unsync => self.exec_medium(id, first, MediumOp::Commit(vec![Record::MarkUnsynced(page)])),
-            Work::Flush { .. } | Work::Reserve { .. } => unreachable!("on no page"),
+            Work::Flush { .. } | Work::Reserve { .. } | Work::Survey(_) => unreachable!("on no page"),
         }
     }
 
@@ -345,6 +354,9 @@ impl StorageServer {
     pub(super) fn exec_answered(&mut self, id: ExecId, block: u32, answer: MediumAnswer) {
         let Some(exec) = self.execs.get_mut(&id) else { return };
         exec.outstanding -= 1;
+        if matches!(exec.work, Work::Survey(_)) {
+            return self.survey_answered(id, answer);
+        }
         let (boot, page) = (exec.boot, exec.page);
         let record = self.devices.get_mut(&boot).and_then(|d| d.records.get_mut(&page));
         match (&mut exec.work, answer) {
@@ -371,7 +383,9 @@ impl StorageServer {
             (Work::Unsync, _) => record.expect("kept while its page has work").blocks.make_stale(),
             (Work::Apply(apply), _) => apply.applied(block, record.expect("kept while its page has work")),
             (Work::Reserve { .. }, _) => {}
-            (Work::Flush { .. }, _) | (Work::Read { .. } | Work::Serve(_), _) => unreachable!("answered otherwise"),
+            (Work::Flush { .. } | Work::Survey(_) | Work::Read { .. } | Work::Serve(_), _) => {
+                unreachable!("answered otherwise")
+            }
         }
         self.finish_if_done(id);
     }
@@ -414,7 +428,7 @@ impl StorageServer {
         self.due(self.now, super::Due::Pulls(volume));
     }
 
-    fn finish_if_done(&mut self, id: ExecId) {
+    pub(super) fn finish_if_done(&mut self, id: ExecId) {
         if self.execs.get(&id).is_some_and(|e| e.stage == Stage::Running && e.outstanding == 0) {
             self.finish(id);
         }
@@ -457,6 +471,7 @@ impl StorageServer {
                 }
                 (ReplyBody::Done, Bytes::new())
             }
+            Work::Survey(survey) => (survey.reply(), Bytes::new()),
             Work::Serve(serve) => serve.reply(),
             Work::Apply(apply) => {
                 self.page_applied(exec.page, &apply);

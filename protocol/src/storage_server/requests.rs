@@ -135,6 +135,7 @@ impl StorageServer {
             }
             RequestBody::Flush => self.flush(to, volume),
             RequestBody::Reserve { pages } => self.reserve(to, volume, &pages),
+            RequestBody::Written { layer, group, from } => self.survey(to, volume, (layer, group), from),
             RequestBody::Ping => self.all_serve(to, volume, Needs::Active),
             RequestBody::Confirm => self.simple(to, ReplyBody::Done),
             RequestBody::Adopt { incarnation } => {

@@ -216,6 +216,11 @@ impl State {
                 "read"
             }
             RequestBody::Flush => "flush",
+            RequestBody::Written { group, from, .. } => {
+                let first = self.blocks.keys().find(|(g, page, _)| g == group && page >= from);
+                let pages = first.map(|(_, page, _)| *page).into_iter().collect();
+                return Some((Some(ReplyBody::Written { pages, next: u64::MAX }), data));
+            }
             _ => "other",
         };
         *self.counts.entry(kind).or_default() += 1;

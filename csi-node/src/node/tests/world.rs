@@ -4,10 +4,10 @@ use crate::device::mounts::Mount;
 use crate::device::{Device, DeviceError, DeviceKind, DeviceSpec};
 use crate::host::{Host, HostError, Usage};
 use crate::node::{Node, Parts, Patience};
-use crate::objects::{Followed, ObjectError, Seen, VolumeObjects};
+use crate::objects::{Followed, ObjectError, Seen, VolumeObjects, may_note};
 use crate::opener::{OpenVolume, Opener, Wish};
 use crate::record::{Record, Records};
-use lamina_client::block::{BlockRequest, BlockTarget};
+use lamina_client::block::{BlockError, BlockRequest, BlockTarget};
 use lamina_client::ram::RamVolume;
 use lamina_client::runtime::{Metrics, OpenError, Status};
 use lamina_crds::id::Id;
@@ -41,9 +41,14 @@ struct State {
     replays: usize,
     signature: Option<String>,
     blank: bool,
+    servers_away: bool,
     noted: Option<Noted>,
     fail_once: Option<String>,
+    /// Happens once, at this step.
+    then: Option<(String, Then)>,
 }
+
+type Then = Box<dyn FnOnce(&World) + Send>;
 
 /// Everything; clones share it.
 #[derive(Clone)]
@@ -162,6 +167,10 @@ impl World {
         state.blank = blank;
     }
 
+    pub(super) fn servers_away(&self, away: bool) {
+        self.lock().servers_away = away;
+    }
+
     pub(super) fn foreign_mount(&self, path: &str) {
         self.lock().mounts.insert(path.into(), "/dev/other".into());
     }
@@ -200,8 +209,17 @@ impl World {
         tokio::time::timeout(Duration::from_secs(10), reached).await.expect("it comes to that");
     }
 
+    /// When this step is done next, something else happens too.
+    pub(super) fn at(&self, step: &str, then: impl FnOnce(&Self) + Send + 'static) {
+        self.lock().then = Some((step.to_owned(), Box::new(then)));
+    }
+
     /// Write a step down, or fail it.
     fn step(&self, step: &str) -> io::Result<MutexGuard<'_, State>> {
+        let then = self.lock().then.take_if(|(at, _)| at == step);
+        if let Some((_, then)) = then {
+            then(self);
+        }
         let mut state = self.lock();
         if state.fail_once.as_deref() == Some(step) {
             state.fail_once = None;
@@ -291,10 +309,6 @@ impl Host for World {
         Ok(self.lock().signature.clone())
     }
 
-    fn looks_blank(&self, _device: &Path) -> Result<bool, HostError> {
-        Ok(self.lock().blank)
-    }
-
     fn format(&self, device: &Path, filesystem: Filesystem) -> Result<(), HostError> {
         let mut state = self.host_step(&format!("format {filesystem}"), device)?;
         state.signature = Some(filesystem.to_string());
@@ -375,6 +389,7 @@ impl BlockTarget for Driver {
     }
 }
 
+#[tonic::async_trait]
 impl OpenVolume for Driver {
     fn status(&self) -> watch::Receiver<Status> {
         self.world.status.subscribe()
@@ -386,6 +401,13 @@ impl OpenVolume for Driver {
 
     fn metrics(&self) -> &Metrics {
         &self.metrics
+    }
+
+    async fn written(&self) -> Result<Option<u64>, BlockError> {
+        if self.world.lock().servers_away {
+            std::future::pending::<()>().await;
+        }
+        Ok((!self.world.lock().blank).then_some(40 << 20))
     }
 }
 
@@ -410,6 +432,9 @@ impl VolumeObjects for World {
         let Ok(mut state) = self.step(&step) else { return Err(ObjectError::Contended) };
         if state.noted.as_ref() != was {
             return Err(ObjectError::Changed);
+        }
+        if !may_note(self.maps.borrow().as_ref(), now) {
+            return Err(ObjectError::NotListed);
         }
         state.noted = now.cloned();
         Ok(())

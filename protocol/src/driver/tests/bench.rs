@@ -280,6 +280,7 @@ pub(super) fn name(body: &RequestBody) -> &'static str {
         RequestBody::Flush => "flush",
         RequestBody::Reserve { .. } => "reserve",
         RequestBody::Ping => "ping",
+        RequestBody::Written { .. } => "written",
         RequestBody::Confirm => "confirm",
         RequestBody::Adopt { .. } => "adopt",
         RequestBody::Handled { .. } => "handled",

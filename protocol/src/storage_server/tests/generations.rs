@@ -1,8 +1,8 @@
-//! generation × {read, write, discard, flush, fill} × {lower, equal, higher, promised} × {before, after a restart}.
+//! generation × {read, write, discard, flush, fill, written} × {lower, equal, higher, promised} × {before, after a restart}.
 
 use super::*;
 
-const HANDS: [&str; 5] = ["read", "write", "discard", "flush", "fill"];
+const HANDS: [&str; 6] = ["read", "write", "discard", "flush", "fill", "written"];
 
 fn body(hand: &str) -> (RequestBody, Bytes) {
     let place = Place { layer: LAYER, group: 0, page: 0, offset: 0, length: 4096 };
@@ -11,6 +11,7 @@ fn body(hand: &str) -> (RequestBody, Bytes) {
         "write" => (RequestBody::Write { place }, block(9)),
         "discard" => (RequestBody::Discard { place }, Bytes::new()),
         "flush" => (RequestBody::Flush, Bytes::new()),
+        "written" => (RequestBody::Written { layer: LAYER, group: 0, from: 0 }, Bytes::new()),
         _ => (RequestBody::Fill { layer: LAYER, group: 0, page: 0 }, Bytes::new()),
     }
 }
