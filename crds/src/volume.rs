@@ -23,7 +23,7 @@ use crate::id::Id;
 use crate::replication_policy::TopologySpread;
 use crate::schema::{MOST, growing_size_between, rule};
 use crate::size::Size;
-use map::{Proposal, RetiredCopy, VolumeMap};
+use map::{ForcedCopy, Proposal, RetiredCopy, VolumeMap};
 use progress::{CopyProgress, VolumeSummary};
 
 /// What is wanted of a volume.
@@ -104,6 +104,33 @@ pub struct VolumeSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = MOST))]
     pub adopt_generation: Option<i64>,
+    /// Only when the condition Available asks for it, and the copies that it waits for never come back: go on with copies
+    /// that are behind. What they lack is lost, every session is ended, and the other copies are kept until you delete
+    /// them with deleteCopies. status.forced records it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub force: Option<Force>,
+    /// Copies in status.retired that are kept because another one was forced, and that shall be deleted now.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 256), extend("x-kubernetes-list-type" = "set"))]
+    pub delete_copies: Vec<Id>,
+}
+
+/// A person's word to go on with copies that are behind.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+#[schemars(extend("x-kubernetes-validations" = [
+    rule("self.othersAreStopped", "force needs othersAreStopped: true: stop the servers that do not answer and the nodes that use the volume first, or they go on with other data"),
+]))]
+pub struct Force {
+    /// status.generation as it is while you decide, named by the condition. The word holds for it alone.
+    #[schemars(range(min = 1, max = MOST))]
+    pub generation: i64,
+    /// Ids of the copies to go on with, one of each group that waits; the condition names them.
+    #[schemars(length(min = 1, max = 16), extend("x-kubernetes-list-type" = "set"))]
+    pub copies: Vec<Id>,
+    /// You made sure that the servers which do not answer, and every node which uses the volume through them, are stopped
+    /// and do not come back with it. Must be true.
+    pub others_are_stopped: bool,
 }
 
 /// Who may use a volume at the same time.
@@ -209,6 +236,10 @@ pub struct VolumeStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 1024), extend("x-kubernetes-list-type" = "atomic"))]
     pub ended: Vec<Id>,
+    /// Copies that people forced, oldest first, with what may be lost by it; the last 32.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 32), extend("x-kubernetes-list-type" = "atomic"))]
+    pub forced: Vec<ForcedCopy>,
     /// The policy's shape as it was when the volume was placed: what its data lies by.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shape: Option<Shape>,

@@ -252,7 +252,8 @@ async fn whoever_applies_a_volume_undoes_nothing_of_the_programs_and_get_tells_h
     cluster.apply(VOLUMES, "v", "kubectl", by_hand.clone()).await.accepted("by hand");
     let full = json!({
         "volumeId": id('1'), "generation": 3, "map": map(3), "state": "Degraded", "observedGeneration": 1,
-        "retired": [{"copy": id('4'), "server": id('5'), "generation": 2}], "ended": [id('6')],
+        "retired": [{"copy": id('4'), "server": id('5'), "generation": 2, "kept": true}], "ended": [id('6')],
+        "forced": [{"copy": id('4'), "group": 0, "generation": 3, "was": "Failed", "pagesBehind": 0, "mayBeLost": "some"}],
         "shape": {"copies": 2, "stripeWidth": 1, "chunkBytes": 65536, "pageBytes": 1_048_576, "topologySpread": "PreferZones"},
         "filesystem": {"type": "xfs", "state": "Formatting", "session": id('3')},
         "attachments": [{"session": id('3'), "node": "node-1", "phase": "Attached", "generation": 3}],

@@ -37,6 +37,8 @@ pub struct Verbs {
     mint: fn() -> u128,
 }
 
+mod decide;
+
 type Answer<T> = Result<Response<T>, Status>;
 
 impl Verbs {
@@ -260,6 +262,18 @@ impl Admin for Verbs {
         };
         let volume = self.wait(&name, "detaching", |v| v.is_none_or(out)).await?;
         Ok(Response::new(object(&volume.ok_or_else(|| no_volume(&name))?)))
+    }
+
+    async fn force(&self, request: Request<v1::ForceRequest>) -> Answer<v1::Object> {
+        self.decide_force(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn adopt(&self, request: Request<v1::AdoptRequest>) -> Answer<v1::Object> {
+        self.decide_adopt(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn copies(&self, request: Request<v1::CopiesRequest>) -> Answer<v1::Object> {
+        self.decide_copies(request.into_inner()).await.map(Response::new)
     }
 }
 

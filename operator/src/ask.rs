@@ -96,6 +96,47 @@ pub(crate) enum Volume {
         #[command(flatten)]
         at: At,
     },
+    /// Go on with copies that are behind, where a volume has no up-to-date copy left. What they lack is lost.
+    #[command(after_help = "The condition Available of `volume show` names the generation and the copies.\n\
+                            Example: lamina-operator volume force db --generation 12 --copy ID --others-are-stopped")]
+    Force {
+        /// Which.
+        name: String,
+        /// The volume's generation while you decide; the word holds for it alone.
+        #[arg(long)]
+        generation: u64,
+        /// Id of the copy to go on with; repeated, one of each group that waits.
+        #[arg(long, required = true)]
+        copy: Vec<String>,
+        /// You made sure that the servers that do not answer, and the nodes that use the volume, are stopped.
+        #[arg(long, required = true)]
+        others_are_stopped: bool,
+        #[command(flatten)]
+        at: At,
+    },
+    /// Say which stored map holds from now on, of a volume that is Diverged.
+    Adopt {
+        /// Which.
+        name: String,
+        /// Generation of the map; the condition Diverged names those that were found.
+        #[arg(long)]
+        generation: u64,
+        #[command(flatten)]
+        at: At,
+    },
+    /// Delete copies that were kept when another one was forced.
+    DeleteCopies {
+        /// Which.
+        name: String,
+        /// Id of the copy; may be repeated.
+        #[arg(long, required = true)]
+        copy: Vec<String>,
+        /// Let the copies go although their servers cannot confirm: those never come back.
+        #[arg(long)]
+        forget: bool,
+        #[command(flatten)]
+        at: At,
+    },
     /// End the session of a node and wait until it is out.
     Detach {
         /// Which.
@@ -308,8 +349,7 @@ pub(crate) async fn volume(verb: Volume) -> anyhow::Result<ExitCode> {
         Volume::Delete { name, at } => delete(&at, "Volume", &name).await,
         Volume::Expand { name, size, at } => {
             let request = v1::ExpandRequest { volume: name, size };
-            let grown = connect(&at).await?.expand(request).await.map_err(said)?.into_inner();
-            print(&at, &serde_json::from_str(&grown.json)?, |v| table(&VOLUME_COLUMNS, std::slice::from_ref(v)))
+            show_volume(&at, connect(&at).await?.expand(request).await)
         }
         Volume::Attach { name, node, read_only, at } => {
             let request = v1::AttachRequest { volume: name, node, read_only };
@@ -318,12 +358,29 @@ pub(crate) async fn volume(verb: Volume) -> anyhow::Result<ExitCode> {
             let value = json!({"volumeId": volume_id, "session": session, "generation": generation});
             print(&at, &value, |_| format!("volume {volume_id}\nsession {session}\ngeneration {generation}"))
         }
+        Volume::Force { name, generation, copy, others_are_stopped, at } => {
+            let request = v1::ForceRequest { volume: name, generation, copies: copy, others_are_stopped };
+            show_volume(&at, connect(&at).await?.force(request).await)
+        }
+        Volume::Adopt { name, generation, at } => {
+            let request = v1::AdoptRequest { volume: name, generation };
+            show_volume(&at, connect(&at).await?.adopt(request).await)
+        }
+        Volume::DeleteCopies { name, copy, forget, at } => {
+            let request = v1::CopiesRequest { volume: name, copies: copy, forget };
+            show_volume(&at, connect(&at).await?.copies(request).await)
+        }
         Volume::Detach { name, node, at } => {
             let request = v1::DetachRequest { volume: name.clone(), node: node.clone() };
             connect(&at).await?.detach(request).await.map_err(said)?;
             print(&at, &json!({"detached": node}), |_| format!("{name} is detached from {node}"))
         }
     }
+}
+
+fn show_volume(at: &At, answer: Result<tonic::Response<v1::Object>, tonic::Status>) -> anyhow::Result<ExitCode> {
+    let volume = serde_json::from_str(&answer.map_err(said)?.into_inner().json)?;
+    print(at, &volume, |volume| table(&VOLUME_COLUMNS, std::slice::from_ref(volume)))
 }
 
 fn is_host_port(text: &str) -> bool {

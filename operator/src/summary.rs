@@ -168,7 +168,7 @@ fn attachments(object: &VolumeObject, conditions: &[Condition]) -> Vec<Attachmen
             SessionState::Held => (AttachmentPhase::Held, Some("waits until copies are made equal".to_owned())),
             SessionState::Out => (AttachmentPhase::Waiting, why()),
             SessionState::Ended => {
-                let text = "writes of other nodes were lost: detach and attach again".to_owned();
+                let text = "writes were lost by a crash or by a person's force: detach and attach again".to_owned();
                 (AttachmentPhase::Ended, Some(text))
             }
         };

@@ -10,7 +10,7 @@ use lamina_crds::volume::{AccessMode, AttachmentWish, Shape, Volume};
 use lamina_crds::{Id, Size, StorageServer};
 use lamina_protocol::ids::{CopyId, Generation, ServerId, SessionId, VolumeId};
 use lamina_protocol::management::{
-    Condition, ConditionKind, Policy, ServerObject, SessionWish, Status, VolumeObject, Wishes, ZoneSpread,
+    Condition, ConditionKind, Force, Policy, ServerObject, SessionWish, Status, VolumeObject, Wishes, ZoneSpread,
 };
 
 use crate::store::KnownServer;
@@ -48,6 +48,15 @@ fn wishes(volume: &Volume, policy: Option<&ReplicationPolicy>, near_zone: &str) 
         deleted: volume.metadata.deletion_timestamp.is_some(),
         let_go: spec.forget.iter().map(|copy| id(CopyId, copy, "spec.forget")).collect::<Result<_, _>>()?,
         adopt: spec.adopt_generation.map(|g| number(g, "spec.adoptGeneration").map(Generation)).transpose()?,
+        force: spec.force.as_ref().filter(|f| f.others_are_stopped).map(force).transpose()?,
+        delete_kept: spec.delete_copies.iter().map(|c| id(CopyId, c, "spec.deleteCopies")).collect::<Result<_, _>>()?,
+    })
+}
+
+fn force(wish: &lamina_crds::volume::Force) -> Result<Force, Unreadable> {
+    Ok(Force {
+        generation: number(wish.generation, "spec.force.generation").map(Generation)?,
+        copies: wish.copies.iter().map(|copy| id(CopyId, copy, "spec.force.copies")).collect::<Result<_, _>>()?,
     })
 }
 

@@ -135,6 +135,16 @@ impl BlockStates {
         }
     }
 
+    /// A person forces the page (I8): what was kept of stale blocks counts again. Without a slot nothing was kept.
+    pub fn trust_stale(&mut self, has_slot: bool) {
+        let trusted = if has_slot { BlockState::Present } else { BlockState::Hole };
+        for block in 0..self.blocks {
+            if self.of(block) == BlockState::Stale {
+                self.set(block, trusted);
+            }
+        }
+    }
+
     /// Maximal runs of blocks in the same state, within a range.
     pub fn runs(&self, blocks: Range<u32>) -> Vec<(Range<u32>, BlockState)> {
         let mut runs: Vec<(Range<u32>, BlockState)> = Vec::new();

@@ -47,8 +47,8 @@ pub use contract::{
     CallId, Config, Input, Orphan, Output, ServerHealth, ServerObject, ServerView, Source, Step, Written,
 };
 pub use object::{
-    Guard, NewCopy, Policy, Proposal, Purpose, RetiredCopy, SessionState, SessionWish, Status, VolumeObject, Wishes,
-    WriteKind, ZoneSpread,
+    Force, Forced, Guard, MAX_FORCED, NewCopy, Policy, Proposal, Purpose, RetiredCopy, SessionState, SessionWish,
+    Status, VolumeObject, Wishes, WriteKind, ZoneSpread,
 };
 
 /// A call that was not answered for so long is forgotten, milliseconds.

@@ -126,17 +126,29 @@ fn write_settle(settle: core::Settle) -> api::Settle {
     }
 }
 
+pub(super) fn read_state(state: api::MemberState) -> core::MemberState {
+    match state {
+        api::MemberState::Active => core::MemberState::Active,
+        api::MemberState::Syncing => core::MemberState::Syncing,
+        api::MemberState::Failed => core::MemberState::Failed,
+    }
+}
+
+pub(super) fn write_state(state: core::MemberState) -> api::MemberState {
+    match state {
+        core::MemberState::Active => api::MemberState::Active,
+        core::MemberState::Syncing => api::MemberState::Syncing,
+        core::MemberState::Failed => api::MemberState::Failed,
+    }
+}
+
 fn read_member(member: &api::Member) -> Result<core::Member, Unreadable> {
     Ok(core::Member {
         ordinal: number(i64::from(member.ordinal), "members.ordinal")?,
         copy: id(CopyId, &member.copy, "members.copy")?,
         server: id(ServerId, &member.server, "members.server")?,
         boot: id(BootId, &member.boot, "members.boot")?,
-        state: match member.state {
-            api::MemberState::Active => core::MemberState::Active,
-            api::MemberState::Syncing => core::MemberState::Syncing,
-            api::MemberState::Failed => core::MemberState::Failed,
-        },
+        state: read_state(member.state),
         avoid: member.avoid,
         unpromised: member.unpromised,
     })
@@ -148,11 +160,7 @@ fn write_member(member: &core::Member) -> api::Member {
         copy: Id::of(member.copy.0),
         server: Id::of(member.server.0),
         boot: Id::of(member.boot.0),
-        state: match member.state {
-            core::MemberState::Active => api::MemberState::Active,
-            core::MemberState::Syncing => api::MemberState::Syncing,
-            core::MemberState::Failed => api::MemberState::Failed,
-        },
+        state: write_state(member.state),
         avoid: member.avoid,
         unpromised: member.unpromised,
     }

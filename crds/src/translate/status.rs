@@ -4,6 +4,7 @@ use lamina_protocol::ids::{CopyId, Generation, ServerId, SessionId, VolumeId};
 use lamina_protocol::management as core;
 use lamina_protocol::map::VolumeMap;
 
+use super::map::{read_state, write_state};
 use super::{Unreadable, id, number, shown};
 use crate::id::Id;
 use crate::volume::VolumeStatus;
@@ -44,6 +45,7 @@ pub fn protocol_status(status: &VolumeStatus) -> Result<core::Status, Unreadable
         proposed: status.proposed.as_ref().map(core::Proposal::try_from).transpose()?,
         retired: status.retired.iter().map(core::RetiredCopy::try_from).collect::<Result<_, _>>()?,
         ended: status.ended.iter().map(|s| id(SessionId, s, "status.ended")).collect::<Result<_, _>>()?,
+        forced: status.forced.iter().map(core::Forced::try_from).collect::<Result<_, _>>()?,
     })
 }
 
@@ -54,6 +56,7 @@ pub fn write_status(next: &core::Status, into: &mut VolumeStatus) {
     into.proposed = next.proposed.as_ref().map(api::Proposal::from);
     into.retired = next.retired.iter().map(api::RetiredCopy::from).collect();
     into.ended = next.ended.iter().map(|session| Id::of(session.0)).collect();
+    into.forced = next.forced.iter().map(api::ForcedCopy::from).collect();
 }
 
 impl TryFrom<&api::Proposal> for core::Proposal {
@@ -89,6 +92,7 @@ fn read_purpose(purpose: api::Purpose) -> core::Purpose {
         api::Purpose::Finish => core::Purpose::Finish,
         api::Purpose::Shape => core::Purpose::Shape,
         api::Purpose::Recover => core::Purpose::Recover,
+        api::Purpose::Force => core::Purpose::Force,
         api::Purpose::Void => core::Purpose::Void,
         api::Purpose::Adopted => core::Purpose::Adopted,
     }
@@ -103,6 +107,7 @@ fn write_purpose(purpose: core::Purpose) -> api::Purpose {
         core::Purpose::Finish => api::Purpose::Finish,
         core::Purpose::Shape => api::Purpose::Shape,
         core::Purpose::Recover => api::Purpose::Recover,
+        core::Purpose::Force => api::Purpose::Force,
         core::Purpose::Void => api::Purpose::Void,
         core::Purpose::Adopted => api::Purpose::Adopted,
     }
@@ -143,12 +148,45 @@ impl TryFrom<&api::RetiredCopy> for core::RetiredCopy {
             copy: id(CopyId, &copy.copy, "retired.copy")?,
             server: id(ServerId, &copy.server, "retired.server")?,
             generation: Generation(number(copy.generation, "retired.generation")?),
+            kept: copy.kept,
         })
     }
 }
 
 impl From<&core::RetiredCopy> for api::RetiredCopy {
     fn from(copy: &core::RetiredCopy) -> Self {
-        Self { copy: Id::of(copy.copy.0), server: Id::of(copy.server.0), generation: shown(copy.generation.0) }
+        let (copy_id, server) = (Id::of(copy.copy.0), Id::of(copy.server.0));
+        Self { copy: copy_id, server, generation: shown(copy.generation.0), kept: copy.kept }
+    }
+}
+
+impl TryFrom<&api::ForcedCopy> for core::Forced {
+    type Error = Unreadable;
+
+    fn try_from(forced: &api::ForcedCopy) -> Result<Self, Unreadable> {
+        Ok(Self {
+            copy: id(CopyId, &forced.copy, "forced.copy")?,
+            group: number(i64::from(forced.group), "forced.group")?,
+            generation: Generation(number(forced.generation, "forced.generation")?),
+            was: read_state(forced.was),
+            unsynced: number(forced.pages_behind, "forced.pagesBehind")?,
+        })
+    }
+}
+
+impl From<&core::Forced> for api::ForcedCopy {
+    fn from(forced: &core::Forced) -> Self {
+        let may_be_lost = match forced.unsynced {
+            0 => "all that was written since the copy was left out".to_owned(),
+            n => format!("{n} pages were not filled: they hold what they held before they fell behind, or nothing"),
+        };
+        Self {
+            copy: Id::of(forced.copy.0),
+            group: i32::try_from(forced.group).unwrap_or(i32::MAX),
+            generation: shown(forced.generation.0),
+            was: write_state(forced.was),
+            pages_behind: shown(forced.unsynced),
+            may_be_lost,
+        }
     }
 }

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use lamina_protocol::ids::*;
-use lamina_protocol::management::{NewCopy, Proposal, Purpose, RetiredCopy, Status};
+use lamina_protocol::management::{Forced, NewCopy, Proposal, Purpose, RetiredCopy, Status};
 use lamina_protocol::map::{
     AccessMode, Group, Layer, Member, MemberState, Placement, Revocation, Scheme, ServerEntry, Session, Settle,
     Standing, VolumeMap,
@@ -103,8 +103,8 @@ fn map() -> impl Strategy<Value = VolumeMap> {
 }
 
 fn purpose() -> impl Strategy<Value = Purpose> {
-    use Purpose::{Adopted, Create, Failure, Finish, Recover, Rejoin, Sessions, Shape, Void};
-    proptest::sample::select(vec![Create, Sessions, Failure, Rejoin, Finish, Shape, Recover, Void, Adopted])
+    use Purpose::{Adopted, Create, Failure, Finish, Force, Recover, Rejoin, Sessions, Shape, Void};
+    proptest::sample::select(vec![Create, Sessions, Failure, Rejoin, Finish, Shape, Recover, Force, Void, Adopted])
 }
 
 fn proposal() -> impl Strategy<Value = Proposal> {
@@ -125,15 +125,33 @@ fn proposal() -> impl Strategy<Value = Proposal> {
 }
 
 fn status() -> impl Strategy<Value = Status> {
-    let retired = (any::<u128>(), any::<u128>(), number());
-    let retired = retired.prop_map(|(copy, server, generation)| RetiredCopy {
+    let retired = (any::<u128>(), any::<u128>(), number(), any::<bool>());
+    let retired = retired.prop_map(|(copy, server, generation, kept)| RetiredCopy {
         copy: CopyId(copy),
         server: ServerId(server),
         generation: Generation(generation),
+        kept,
+    });
+    let was = prop_oneof![Just(MemberState::Syncing), Just(MemberState::Failed)];
+    let forced = (any::<u128>(), 0..16u32, number(), was, number());
+    let forced = forced.prop_map(|(copy, group, generation, was, unsynced)| Forced {
+        copy: CopyId(copy),
+        group,
+        generation: Generation(generation),
+        was,
+        unsynced,
     });
     let option = proptest::option::of::<BoxedStrategy<VolumeMap>>;
-    (number(), option(map().boxed()), proptest::option::of(proposal()), vec(retired, 0..4), vec(any::<u128>(), 0..3))
-        .prop_map(|(generation, map, proposed, retired, ended)| Status {
+    (
+        number(),
+        option(map().boxed()),
+        proptest::option::of(proposal()),
+        vec(retired, 0..4),
+        vec(any::<u128>(), 0..3),
+        vec(forced, 0..3),
+    )
+        .prop_map(|(generation, map, proposed, retired, ended, forced)| Status {
+            forced,
             generation: Generation(generation),
             map,
             proposed,

@@ -272,6 +272,8 @@ pub enum Purpose {
     Shape,
     /// A leader found a proposal or a promise that is not its own.
     Recover,
+    /// A person forces copies that are behind.
+    Force,
     /// Retracted before any server was asked; only its number still stands.
     Void,
     /// A person adopted a map: servers may store committed maps up to this number, which are given up.
@@ -307,4 +309,30 @@ pub struct RetiredCopy {
     /// The configuration generation that did without it.
     #[schemars(range(min = 0, max = MOST))]
     pub generation: i64,
+    /// It may hold what a forced copy lacks: kept until spec.deleteCopies names it or the Volume is deleted.
+    #[serde(default)]
+    pub kept: bool,
+}
+
+/// A copy that a person made the only good one of its group.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ForcedCopy {
+    /// The copy's id.
+    pub copy: Id,
+    /// Index of its group.
+    #[schemars(range(min = 0, max = 15))]
+    pub group: i32,
+    /// The configuration generation that forced it.
+    #[schemars(range(min = 1, max = MOST))]
+    pub generation: i64,
+    /// What it was before.
+    pub was: MemberState,
+    /// Pages that were still to be filled.
+    #[schemars(range(min = 0, max = MOST))]
+    pub pages_behind: i64,
+    /// What may be lost, in plain words.
+    #[serde(default)]
+    #[schemars(length(max = 512), extend("default" = ""))]
+    pub may_be_lost: String,
 }

@@ -51,6 +51,8 @@ impl Store {
             deleted: false,
             let_go: Vec::new(),
             adopt: None,
+            force: None,
+            delete_kept: Vec::new(),
         };
         let object =
             VolumeObject { id: VOLUME, name: "volume".into(), id_is_new: true, wishes, status: Status::default() };

@@ -392,7 +392,11 @@ fn touched(what: &MediumOp) -> (Vec<PageKey>, bool) {
             let whole = |r: &Record| {
                 matches!(
                     r,
-                    Record::MarkLayerUnsynced { .. } | Record::PutCopy(_) | Record::DropCopy(_) | Record::DropVolume(_)
+                    Record::MarkLayerUnsynced { .. }
+                        | Record::TrustLayer { .. }
+                        | Record::PutCopy(_)
+                        | Record::DropCopy(_)
+                        | Record::DropVolume(_)
                 )
             };
             (pages, records.iter().any(whole))

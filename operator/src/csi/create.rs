@@ -86,6 +86,8 @@ impl Wanted {
             attachments: Vec::new(),
             forget: Vec::new(),
             adopt_generation: None,
+            force: None,
+            delete_copies: Vec::new(),
         };
         let mut volume = Volume::new(&self.name.object_name(), spec);
         if let Some(claim) = &self.parameters.claim {

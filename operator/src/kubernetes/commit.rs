@@ -44,6 +44,7 @@ pub fn operations(volume: VolumeId, guard: &Guard, next: &Status) -> Value {
         put("/status/proposed", json!(written.proposed)),
         put("/status/retired", json!(written.retired)),
         put("/status/ended", json!(written.ended)),
+        put("/status/forced", json!(written.forced)),
     ]);
     Value::Array(operations)
 }

@@ -118,13 +118,14 @@ impl Runtime {
 
 fn is_warning(reason: EventReason) -> bool {
     use EventReason::{
-        ChangeGivenUp, Diverged, ForeignServer, LossRaised, MemberFailed, ServerFailed, SessionEnded, StaleSession,
-        SuspectsItself,
+        ChangeGivenUp, Diverged, Forced, ForeignServer, LossRaised, MemberFailed, ServerFailed, SessionEnded,
+        StaleSession, SuspectsItself,
     };
     matches!(
         reason,
         ChangeGivenUp
             | Diverged
+            | Forced
             | ForeignServer
             | LossRaised
             | MemberFailed

@@ -213,6 +213,80 @@ async fn a_server_that_is_killed_is_left_out_and_filled_when_it_is_back() {
     assert_eq!(operator.stop().await, Ended::Stopped);
 }
 
+fn condition<'a>(volume: &'a Value, kind: &str) -> &'a Value {
+    let conditions = volume["status"]["conditions"].as_array().unwrap();
+    conditions.iter().find(|c| c["type"] == kind).unwrap()
+}
+
+/// The only volume's one group: (copy, index of its server) as its map has them.
+fn members(volume: &Value, servers: &Servers) -> Vec<(String, usize)> {
+    let group = &volume["status"]["map"]["placements"][0]["groups"][0];
+    let at = |m: &Value| {
+        let id = m["server"].as_str().unwrap();
+        servers.all.iter().position(|s| s.id.to_string() == id).unwrap()
+    };
+    group["members"].as_array().unwrap().iter().map(|m| (m["copy"].as_str().unwrap().to_owned(), at(m))).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn i8_a_group_without_an_active_member_serves_nothing_until_a_person_forces_a_copy_by_its_name() {
+    let folder = TempDir::new().unwrap();
+    let mut servers = Servers::start(CLUSTER, 3).await;
+    let operator = Operator::start(&folder, None).await;
+    operator.add(&servers).await;
+    let spec = json!({"copies": 2, "pageSize": "64Ki"});
+    operator.create("ReplicationPolicy", "one", spec, Value::Null).await.unwrap();
+    let spec = json!({"size": "16Mi", "policy": "one"});
+    let volume = operator.create("Volume", "v", spec, Value::Null).await.unwrap();
+    let both = members(&volume, &servers);
+    let ((good, first), (behind, second)) = (both[0].clone(), both[1].clone());
+    servers.kill(second);
+    let left_out = |v: &Value| v["status"]["summary"]["where"].as_str().is_some_and(|text| text.contains('!'));
+    operator.until("without the second", left_out).await;
+    servers.kill(first);
+    operator.until("unavailable", state_is("Unavailable")).await;
+    servers.run(second).await;
+    let how = format!("copy {behind} of group 0 on server s{second}");
+    let waits = |v: &Value| condition(v, "Available")["message"].as_str().unwrap().contains(&how);
+    let waiting = operator.until("telling how", waits).await;
+    assert_eq!(waiting["status"]["state"], "Unavailable", "a copy that is behind serves nothing by itself");
+
+    let generation = waiting["status"]["generation"].as_u64().unwrap();
+    let word = |generation, copy: &str, others_are_stopped| {
+        let copies = vec![copy.to_owned()];
+        Request::new(v1::ForceRequest { volume: "v".to_owned(), generation, copies, others_are_stopped })
+    };
+    let refused = operator.admin.force(word(generation, &behind, false)).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::InvalidArgument);
+    let refused = operator.admin.force(word(generation - 1, &behind, true)).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::FailedPrecondition);
+    operator.admin.force(word(generation, &behind, true)).await.unwrap();
+    let healthy = operator.until("healthy on two servers again", state_is("Healthy")).await;
+    assert!(members(&healthy, &servers).contains(&(behind.clone(), second)));
+    let forced = &healthy["status"]["forced"][0];
+    assert_eq!((&forced["copy"], &forced["was"]), (&json!(behind), &json!("Failed")));
+    assert!(!forced["mayBeLost"].as_str().unwrap().is_empty());
+
+    servers.run(first).await;
+    let orphan = async {
+        let mut version = operator.directory.version();
+        loop {
+            version.mark_unchanged();
+            let server = operator.directory.index().server(&format!("s{first}")).cloned().unwrap();
+            if server.status.is_some_and(|s| s.orphans.iter().any(|o| o.copy.0 == good)) {
+                return;
+            }
+            version.changed().await.unwrap();
+        }
+    };
+    tokio::time::timeout(PATIENCE, orphan).await.expect("the copy that is left aside is shown as an orphan");
+    assert_eq!(servers.all[first].copies(), 1, "and kept");
+    let delete = v1::CopiesRequest { volume: "v".to_owned(), copies: vec![good], forget: false };
+    operator.admin.copies(Request::new(delete)).await.unwrap();
+    assert_eq!(servers.all[first].copies(), 0);
+    assert_eq!(operator.stop().await, Ended::Stopped);
+}
+
 /// What makes a leader come to a step.
 async fn drive(operator: &Operator, servers: &Servers, step: Step) {
     let _ = operator.volume("v").await;

@@ -74,6 +74,14 @@ impl Medium {
                 }
                 self.cursor(copy, 0);
             }
+            Record::TrustLayer { copy, layer } => {
+                for (key, (record, _)) in &mut self.pages {
+                    if key.copy == copy && key.layer == layer {
+                        record.blocks.trust_stale(record.allocated);
+                    }
+                }
+                self.cursor(copy, u64::MAX);
+            }
             Record::Cursor { copy, cursor, .. } => self.cursor(copy, cursor),
             Record::Stale { page, blocks } => {
                 blocks.iter().for_each(|b| self.entry(page).0.blocks.set(*b, BlockState::Stale));

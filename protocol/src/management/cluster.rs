@@ -171,7 +171,7 @@ impl Volume {
     fn names(&self, lying: &CopyInventory) -> bool {
         let status = self.status();
         let mapped = status.map.as_ref().is_some_and(|map| map.place_of(lying.copy).is_some());
-        let retired = status.retired.iter().any(|r| r.copy == lying.copy);
+        let retired = status.retired.iter().any(|r| r.copy == lying.copy && !r.kept);
         let proposed = status.proposed.iter().flat_map(|p| &p.copies).any(|new| new.copy == lying.copy);
         mapped || retired || proposed || lying.stored > status.generation
     }

@@ -111,6 +111,8 @@ pub enum EventReason {
     MemberRemoved,
     /// Unflushed writes may have been lost and are written again (H5).
     LossRaised,
+    /// A person forced a copy that is behind (I8).
+    Forced,
     /// A settle began.
     SettleBegun,
     /// A settle is over.

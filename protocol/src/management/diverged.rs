@@ -175,14 +175,14 @@ impl Volume {
         let named = status.map.iter().flat_map(|m| m.members()).map(|m| (m.copy, m.server));
         let made = status.proposed.iter().flat_map(|p| &p.copies).map(|new| (new.copy, new.server));
         for (copy, server) in named.chain(made).filter(|(copy, _)| map.place_of(*copy).is_none()) {
-            retire(&mut retired, RetiredCopy { copy, server, generation: map.generation });
+            retire(&mut retired, RetiredCopy { copy, server, generation: map.generation, kept: false });
         }
         let proposal =
             Proposal { generation: above, name: (world.mint)(), purpose: Purpose::Adopted, copies: Vec::new() };
         self.adopted = above;
         self.doubt = Doubt::Clear;
         let generation = map.generation;
-        let next = Status { generation, map: Some(map), proposed: Some(proposal), retired, ended: status.ended };
+        let next = Status { generation, map: Some(map), proposed: Some(proposal), retired, ..status };
         self.write(world, WriteKind::Adopt, next);
     }
 

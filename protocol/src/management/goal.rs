@@ -92,7 +92,12 @@ impl Volume {
             // A loss that the fence finds out would end all sessions (H5).
             goal.flushed = map.multi_session;
             self.leave_stalled(&map, &mut goal, world);
-            if self.must { Purpose::Recover } else { Purpose::Failure }
+            self.force_goal(&map, &mut goal, world);
+            match () {
+                () if !goal.force.is_empty() => Purpose::Force,
+                () if self.must => Purpose::Recover,
+                () => Purpose::Failure,
+            }
         } else {
             self.planned_goal(&map, &mut goal, world)
         };
@@ -116,7 +121,8 @@ impl Volume {
         }
         let required = serving(&map);
         let new = next.map.members().filter(|m| m.state != MemberState::Failed).map(|m| m.server);
-        let optional = new.filter(|id| !required.contains(id)).collect();
+        let forced = map.members().filter(|m| goal.force.contains(&m.copy)).map(|m| m.server);
+        let optional = new.chain(forced).filter(|id| !required.contains(id)).collect();
         Some(Start { purpose, goal, layer: LayerId::NONE, required, optional })
     }
 
@@ -182,8 +188,28 @@ impl Volume {
                 hint != Some(Hint::Same) || self.suspects.contains(&m.copy) || self.stalls(map, m, world)
             }
             ServerHealth::Failed | ServerHealth::Foreign => true,
-            ServerHealth::Unknown | ServerHealth::Suspected => false,
+            ServerHealth::Unknown | ServerHealth::Suspected => self.may_leave_out(world, m.server),
         })
+    }
+
+    /// The copies that a person forces now: the word was given for this very generation.
+    pub(super) fn forced_copies(&self) -> Option<&BTreeSet<CopyId>> {
+        let force = self.object.wishes.force.as_ref().filter(|force| force.generation == self.status().generation)?;
+        Some(&force.copies)
+    }
+
+    /// What a person forces may end every session, so members flush before they answer (H11b).
+    fn force_goal(&self, map: &VolumeMap, goal: &mut Goal, world: &World<'_>) {
+        let Some(copies) = self.forced_copies() else { return };
+        let there = |copy: &CopyId| map.place_of(*copy).is_some_and(|(_, _, m)| self.can_be_forced(m, world));
+        goal.force = copies.iter().copied().filter(there).collect();
+        goal.flushed |= !goal.force.is_empty();
+    }
+
+    /// A copy that is behind and whose server answers.
+    pub(super) fn can_be_forced(&self, m: &Member, world: &World<'_>) -> bool {
+        let open = |s: &super::heartbeat::ServerState| s.is_alive() && s.hint(m) != Hint::Closed;
+        m.state != MemberState::Active && !self.lost.contains(&m.copy) && world.servers.of(m.server).is_some_and(open)
     }
 
     /// A driver got no progress out of it, and its group can do without.
@@ -380,7 +406,8 @@ impl Volume {
         let serving = serving(map);
         let mut guess = BTreeMap::new();
         let servers = serving.iter().copied().chain(goal.add.iter().map(|new| new.server));
-        let rejoining = map.members().filter(|m| goal.rejoin.contains(&m.copy)).map(|m| m.server);
+        let named = |m: &&Member| goal.rejoin.contains(&m.copy) || goal.force.contains(&m.copy);
+        let rejoining = map.members().filter(named).map(|m| m.server);
         for id in servers.chain(rejoining).collect::<BTreeSet<_>>() {
             let answer = match world.servers.health(id) {
                 _ if serving.contains(&id) && self.may_leave_out(world, id) => Answer::LeftOut,
@@ -461,12 +488,13 @@ impl Volume {
 
     fn mapped_rooms(&self) -> Vec<(ServerId, u64)> {
         let Some(map) = self.map() else { return Vec::new() };
+        let kept = self.status().retired.iter().filter(|r| r.kept);
         let share = |m: &VolumeMap, placement: u32| {
             let groups = m.placements[placement as usize].groups.len() as u8;
             placement::share_bytes(m.size, groups, m.top().page_bytes)
         };
         let lie = map.groups().flat_map(|(p, _, group)| group.members.iter().map(move |m| (m.server, share(map, p))));
-        lie.collect()
+        lie.chain(kept.map(|r| (r.server, share(map, 0)))).collect()
     }
 
     fn proposed_rooms(&self) -> Vec<(ServerId, u64)> {

@@ -5,7 +5,8 @@
 //! writes them. Everything else in an object belongs to others.
 
 use crate::ids::{CopyId, Generation, ServerId, SessionId, VolumeId};
-use crate::map::{AccessMode, Standing, VolumeMap};
+use crate::map::{AccessMode, MemberState, Standing, VolumeMap};
+use std::collections::BTreeSet;
 
 /// A `Volume` object.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,6 +45,20 @@ pub struct Wishes {
     pub let_go: Vec<CopyId>,
     /// What a person wants adopted of a diverged volume (R6): the generation of a stored map, or of the object's own.
     pub adopt: Option<Generation>,
+    /// What a person forces where a group has no `Active` member (I8).
+    pub force: Option<Force>,
+    /// Kept copies that a person wants deleted now.
+    pub delete_kept: Vec<CopyId>,
+}
+
+/// A person's word that groups without an `Active` member shall go on with copies that are behind (I8). It holds for one
+/// generation, so it can never act on a situation for which it was not given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Force {
+    /// The committed generation for which it was given.
+    pub generation: Generation,
+    /// The copies to go on with, one of each group that waits.
+    pub copies: BTreeSet<CopyId>,
 }
 
 /// A wish to attach.
@@ -101,6 +116,26 @@ pub struct Status {
     pub retired: Vec<RetiredCopy>,
     /// Sessions that ended although they are still wished for (a loss on a shared volume): never admitted again.
     pub ended: Vec<SessionId>,
+    /// What people forced, oldest first; the last [`MAX_FORCED`] are kept.
+    pub forced: Vec<Forced>,
+}
+
+/// Forced copies that a status remembers: one of each group, twice.
+pub const MAX_FORCED: usize = 32;
+
+/// A copy that a person made the only `Active` one of its group, and how far behind it was known to be (I8).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Forced {
+    /// Which.
+    pub copy: CopyId,
+    /// Index of its group.
+    pub group: u32,
+    /// The generation that forced it.
+    pub generation: Generation,
+    /// What it was before.
+    pub was: MemberState,
+    /// Pages that were still to be filled: what they hold is older, or was never there.
+    pub unsynced: u64,
 }
 
 /// An intent: step 2 of a change.
@@ -134,6 +169,8 @@ pub enum Purpose {
     Shape,
     /// A leader found a proposal or a promise that is not its own.
     Recover,
+    /// A person forces copies that are behind (I8).
+    Force,
     /// Retracted before any fence; only its number still stands.
     Void,
     /// A person adopted a map (R6): servers may store committed maps up to this number, which are given up.
@@ -164,6 +201,8 @@ pub struct RetiredCopy {
     pub server: ServerId,
     /// The generation that did without it.
     pub generation: Generation,
+    /// It may hold what a forced copy lacks (I8): not deleted before a person says so, or deletes the volume.
+    pub kept: bool,
 }
 
 /// What must stand in the object for a write to happen (H18). The store compares all three fields, exactly, in the same

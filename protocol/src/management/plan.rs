@@ -7,7 +7,7 @@
 //! settle is over only when every member that serves settled for its very name (M1, M3); sessions are held meanwhile (M5).
 
 use super::choice::{Choice, Seen, choose};
-use super::object::{NewCopy, SessionWish};
+use super::object::{Forced, NewCopy, SessionWish};
 use crate::control::{CopyReport, Promised, SettleName};
 use crate::ids::{CopyId, Generation, ServerId, SessionId};
 use crate::limits::MAX_ORDINALS;
@@ -38,6 +38,8 @@ pub struct Goal {
     pub flushed: bool,
     /// 1.25 read leases have passed since members were left out without their promise (M7).
     pub lease_over: bool,
+    /// Copies that are behind and that a person forces, where a group has no `Active` member that answers (I8).
+    pub force: BTreeSet<CopyId>,
     /// 60 s have passed since restarted members began to wait for a silent one (R15).
     pub silent_over: bool,
 }
@@ -58,8 +60,10 @@ pub enum Answer {
 pub struct Next {
     /// It.
     pub map: VolumeMap,
-    /// Sessions that it ends although they are wished for: a loss on a shared volume.
+    /// Sessions that it ends although they are wished for: a loss on a shared volume, or a person's force.
     pub ended: Vec<SessionId>,
+    /// What it forces.
+    pub forced: Vec<Forced>,
 }
 
 /// Why there is no next map yet. The volume is unavailable, what was promised stays promised, and it is tried again.
@@ -90,7 +94,7 @@ pub fn next_map(
     map.size = old.size.max(goal.size);
     map.layers[0].size = map.size;
     let kept = kept_sessions(old, goal, answers);
-    let mut plan = Plan { goal, answers, generation, sessions: &kept, settle_all: false, restart_settles: false };
+    let mut plan = Plan::new(goal, answers, generation, &kept);
     plan.restart_settles = kept.iter().map(name_of).ne(old.sessions.iter().map(name_of));
     plan.settle_all = kept.len() != old.sessions.len() || !joining(&kept, old, goal).is_empty() || kept.is_empty();
     for (p, placement) in map.placements.iter_mut().enumerate() {
@@ -98,15 +102,19 @@ pub fn next_map(
             *group = plan.next_group(group, p as u32, g as u32)?;
         }
     }
-    let ended = end_by_loss(&mut map, old, &kept, goal)?;
+    let forced = plan.forced;
+    let ended = end_by_loss(&mut map, old, &kept, goal, !forced.is_empty())?;
     if ended.is_empty() {
         map.sessions = kept;
     }
     admit(&mut map, old, goal, &ended);
     map.servers = servers_of(&map, old, goal);
     assert_eq!(map.validate(), Ok(()), "the plan made an invalid map");
-    assert!(keeps_an_active(old, &map, answers), "the plan left a group without a member that was Active and promised");
-    Ok(Next { map, ended })
+    assert!(
+        keeps_an_active(old, &map, answers, &forced),
+        "the plan left a group without a member that was Active and promised"
+    );
+    Ok(Next { map, ended, forced })
 }
 
 /// The map of a change that is given up: the same members, sessions and boot ids under the next generation; nothing of a
@@ -173,9 +181,16 @@ fn joining<'a>(kept: &[Session], old: &VolumeMap, goal: &'a Goal) -> Vec<&'a Ses
     new.take(most).collect()
 }
 
-/// H5: on a volume whose access mode allows several sessions a raised loss ends them all.
-fn end_by_loss(map: &mut VolumeMap, old: &VolumeMap, kept: &[Session], goal: &Goal) -> Result<Vec<SessionId>, Hold> {
-    if !old.multi_session || map.loss() == old.loss() || kept.is_empty() {
+/// H5: on a volume whose access mode allows several sessions a raised loss ends them all; a force does on any, for what it
+/// loses was flushed, too (I8).
+fn end_by_loss(
+    map: &mut VolumeMap,
+    old: &VolumeMap,
+    kept: &[Session],
+    goal: &Goal,
+    forced: bool,
+) -> Result<Vec<SessionId>, Hold> {
+    if !(old.multi_session || forced) || map.loss() == old.loss() || kept.is_empty() {
         return Ok(Vec::new());
     }
     if !goal.flushed {
@@ -216,13 +231,14 @@ fn servers_of(map: &VolumeMap, old: &VolumeMap, goal: &Goal) -> Vec<ServerEntry>
     ids.iter().map(|id| ServerEntry { id: *id, addresses: addresses(id) }).collect()
 }
 
-/// R5: every group keeps a member that was `Active` before and has promised.
-fn keeps_an_active(old: &VolumeMap, new: &VolumeMap, answers: &BTreeMap<ServerId, Answer>) -> bool {
+/// R5: every group keeps a member that was `Active` before and has promised, but for those that a person forces.
+fn keeps_an_active(old: &VolumeMap, new: &VolumeMap, answers: &BTreeMap<ServerId, Answer>, forced: &[Forced]) -> bool {
     old.groups().zip(new.groups()).all(|((_, _, before), (_, _, after))| {
-        before.in_state(MemberState::Active).any(|m| {
-            let stays = after.member(m.copy).is_some_and(|n| n.state == MemberState::Active);
-            stays && matches!(answers.get(&m.server), Some(Answer::Promised(_)))
-        })
+        forced.iter().any(|f| after.member(f.copy).is_some())
+            || before.in_state(MemberState::Active).any(|m| {
+                let stays = after.member(m.copy).is_some_and(|n| n.state == MemberState::Active);
+                stays && matches!(answers.get(&m.server), Some(Answer::Promised(_)))
+            })
     })
 }
 
@@ -236,16 +252,28 @@ struct Plan<'a> {
     settle_all: bool,
     /// The (session, incarnation)s listed are others than before: what is suspect has changed, so settles begin anew.
     restart_settles: bool,
+    forced: Vec<Forced>,
 }
 
-impl Plan<'_> {
-    fn next_group(&self, old: &Group, placement: u32, group: u32) -> Result<Group, Hold> {
+impl<'a> Plan<'a> {
+    fn new(
+        goal: &'a Goal,
+        answers: &'a BTreeMap<ServerId, Answer>,
+        generation: Generation,
+        sessions: &'a [Session],
+    ) -> Self {
+        Self { goal, answers, generation, sessions, settle_all: false, restart_settles: false, forced: Vec::new() }
+    }
+
+    fn next_group(&mut self, old: &Group, placement: u32, group: u32) -> Result<Group, Hold> {
         let active: Vec<_> = old.in_state(MemberState::Active).map(|m| (m.copy, seen(self.answers, m))).collect();
         let raised = match choose(&active, self.goal.silent_over) {
             Choice::GoOn => false,
             Choice::Restarted => true,
             Choice::WaitForSilent(copies) => return Err(Hold::SilentMember { copies }),
-            Choice::WaitForActive(copies) => return Err(Hold::NoActive { copies }),
+            Choice::WaitForActive(copies) => {
+                return self.forced_group(old, group).ok_or(Hold::NoActive { copies });
+            }
         };
         let calm = !raised && !matches!(old.settle, Settle::Running { .. });
         let stays = |m: &&Member| !self.goal.leave.contains(&m.copy) && !self.goal.remove.contains(&m.copy);
@@ -261,6 +289,21 @@ impl Plan<'_> {
         let mut next = Group { members, loss, settle: Settle::None };
         next.settle = self.next_settle(old, &next, raised);
         Ok(next)
+    }
+
+    /// I8: the copy that a person forces is alone in its group from now on, and the loss rises. What the others hold is
+    /// kept aside ([`RetiredCopy::kept`](super::object::RetiredCopy::kept)).
+    fn forced_group(&mut self, old: &Group, group: u32) -> Option<Group> {
+        let wanted = |m: &&Member| self.goal.force.contains(&m.copy);
+        let (m, report) = old.members.iter().filter(wanted).find_map(|m| {
+            let report = report_of(self.answers, m.server, m.copy)?;
+            Some((m, report))
+        })?;
+        let generation = self.generation;
+        self.forced.push(Forced { copy: m.copy, group, generation, was: m.state, unsynced: report.unsynced });
+        let member = Member { state: MemberState::Active, boot: report.boot, unpromised: false, ..*m };
+        let settle = Settle::Running { authoritative: m.copy, boot: report.boot, begun: generation };
+        Some(Group { members: vec![member], loss: generation, settle })
     }
 
     fn next_member(&self, m: &Member, raised: bool, calm: bool, may_leave: bool) -> Option<Member> {

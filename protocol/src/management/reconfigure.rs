@@ -4,20 +4,22 @@
 //! higher number and plans from what it finds. The same is done here when a change turns out to be another than was
 //! intended: it is abandoned, and what was promised for it is overtaken by a higher number.
 
+use super::Step;
 use super::condition::EventReason;
 use super::goal::Start;
-use super::heartbeat::{Hint, ServerState, too_many};
-use super::object::{Proposal, Purpose, RetiredCopy, Status, WriteKind};
+use super::heartbeat::{Hint, ServerState};
+use super::object::{MAX_FORCED, NewCopy, Proposal, Purpose, RetiredCopy, Status, WriteKind};
 use super::plan::{Answer, First, Goal, Hold, Next, first_map, given_up, next_map};
 use super::serve::{AGAIN_MS, retire};
 use super::volume::{FenceSilence, Volume, What, World};
-use super::{ServerHealth, Step};
 use crate::control::{ControlReply, ControlRequest, Fence, Promised};
 use crate::ids::{CopyId, Generation, LayerId, ServerId};
 use crate::limits::{FENCE_FAIL_MS, FENCE_PATIENCE_MS, MAX_FENCE_PATIENCE_MS, READ_LEASE_WAIT_MS};
 use crate::map::{Member, MemberState, VolumeMap};
 use crate::time::Millis;
 use std::collections::{BTreeMap, BTreeSet};
+
+mod leave;
 
 /// New copies must be durable within this time, milliseconds.
 const PUT_PATIENCE_MS: u64 = 5_000;
@@ -93,7 +95,8 @@ impl Volume {
         let Some(proposal) = &self.status().proposed else { return };
         let mapped = |copy| self.map().is_some_and(|map| map.place_of(copy).is_some());
         for new in proposal.copies.iter().filter(|new| !kept.contains(&new.copy) && !mapped(new.copy)) {
-            retire(retired, RetiredCopy { copy: new.copy, server: new.server, generation: proposal.generation });
+            let NewCopy { copy, server, .. } = *new;
+            retire(retired, RetiredCopy { copy, server, generation: proposal.generation, kept: false });
         }
     }
 
@@ -261,45 +264,6 @@ impl Volume {
         false
     }
 
-    /// Members that would rejoin and did not answer in time cost no second pause for a while.
-    fn leave_late_ones(&mut self, world: &World<'_>) {
-        let (Some(change), Some(map)) = (self.change.as_ref(), self.object.status.map.as_ref()) else { return };
-        let late = |m: &&Member| change.optional.contains(&m.server) && !change.answers.contains_key(&m.server);
-        for m in map.members().filter(late) {
-            self.barred_until.insert(m.copy, world.now.after(LATE_OUT_MS));
-        }
-    }
-
-    /// Servers that do not answer and have failed are left out by a failure change; any other change makes way for one.
-    /// `false` = it did.
-    fn leave_out(&mut self, world: &mut World<'_>) -> bool {
-        let Some(change) = self.change.as_ref() else { return false };
-        let silent = change.required.iter().filter(|id| !change.answers.contains_key(id));
-        // One that lives was asked by this change, too.
-        let tried = world.now.since(change.since) >= FENCE_PATIENCE_MS;
-        let gone = |id: &&ServerId| self.may_leave_out(world, **id) && (tried || !world.servers.is_alive(**id));
-        let out: Vec<_> = silent.filter(gone).copied().collect();
-        if out.is_empty() {
-            return true;
-        }
-        if !change.proposal.purpose.is_failure() {
-            if self.map().is_none() {
-                self.full.extend(out.into_iter().map(|id| (id, world.now)));
-            }
-            self.abandon(world, 0);
-            return false;
-        }
-        let alive: Vec<_> = out.iter().copied().filter(|id| world.servers.is_alive(*id)).collect();
-        let members = self.object.status.map.iter().flat_map(VolumeMap::members);
-        for m in members.filter(|m| alive.contains(&m.server)) {
-            self.barred_until.insert(m.copy, world.now.after(LATE_OUT_MS));
-        }
-        if let Some(change) = self.change.as_mut() {
-            change.answers.extend(out.into_iter().map(|id| (id, Answer::LeftOut)));
-        }
-        true
-    }
-
     fn send_fences(&mut self, world: &mut World<'_>) {
         let volume = self.id();
         let map = self.object.status.map.clone();
@@ -434,7 +398,7 @@ impl Volume {
         let copies = &change.proposal.copies;
         let first = First { volume: self.id(), policy, multi_session, layer: change.layer, copies };
         let map = first_map(first, &change.goal, &change.answers, generation)?;
-        Some(Ok(Next { map, ended: Vec::new() }))
+        Some(Ok(Next { map, ended: Vec::new(), forced: Vec::new() }))
     }
 
     /// M7: with several sessions the commit that leaves a member out without its promise waits itself.
@@ -460,11 +424,18 @@ impl Volume {
         let kept: Vec<_> = next.map.members().map(|m| m.copy).collect();
         self.retire_proposed(&mut retired, &kept);
         let generation = next.map.generation;
-        for m in status.map.iter().flat_map(VolumeMap::members).filter(|m| !kept.contains(&m.copy)) {
-            retire(&mut retired, RetiredCopy { copy: m.copy, server: m.server, generation });
+        for (_, number, group) in status.map.iter().flat_map(VolumeMap::groups) {
+            // I8: what lies beside a forced copy may be all that is left of what that lacks.
+            let aside = next.forced.iter().any(|f| f.group == number);
+            for m in group.members.iter().filter(|m| !kept.contains(&m.copy)) {
+                retire(&mut retired, RetiredCopy { copy: m.copy, server: m.server, generation, kept: aside });
+            }
         }
         let ended = status.ended.iter().copied().chain(next.ended).collect();
-        let status = Status { generation, map: Some(next.map), proposed: None, retired, ended };
+        let mut forced = status.forced.clone();
+        forced.extend(next.forced);
+        forced.drain(..forced.len().saturating_sub(MAX_FORCED));
+        let status = Status { generation, map: Some(next.map), proposed: None, retired, ended, forced };
         self.write(world, WriteKind::Commit, status);
     }
 
@@ -478,11 +449,11 @@ impl Volume {
         let map = given_up(map, generation);
         let mut retired = self.status().retired.clone();
         self.retire_proposed(&mut retired, &[]);
-        let ended = self.status().ended.clone();
         if let Some(change) = self.change.as_mut() {
             change.stage = Stage::GiveUp;
         }
-        self.write(world, WriteKind::GiveUp, Status { generation, map: Some(map), proposed: None, retired, ended });
+        let next = Status { generation, map: Some(map), proposed: None, retired, ..self.status().clone() };
+        self.write(world, WriteKind::GiveUp, next);
     }
 
     /// The change is not the one that is needed now. What was promised is overtaken by a higher number.
@@ -539,32 +510,6 @@ impl Volume {
             self.unpromised_since = Some(now);
         }
     }
-
-    /// Whether a server that does not answer this fence may be left out: it has failed, or has left fences unanswered
-    /// for 10 s although it answers heartbeats, unless so many do that the leader suspects itself; or a driver got no
-    /// progress out of it and the leader gets none either.
-    pub(super) fn may_leave_out(&self, world: &World<'_>, server: ServerId) -> bool {
-        match world.servers.health(server) {
-            ServerHealth::Failed | ServerHealth::Foreign => true,
-            ServerHealth::Unknown | ServerHealth::Suspected => false,
-            ServerHealth::Alive => {
-                let Some(silence) = self.fence_silent.get(&server) else { return false };
-                let all = self.fence_silent.values().filter(|s| is_stuck(s, world.now)).count();
-                let stuck = is_stuck(silence, world.now) && !too_many(all, world.servers.by_id.len());
-                let mute = world.now.since(silence.since) >= FENCE_PATIENCE_MS;
-                stuck || (mute && self.is_stalled_at(server, world.now))
-            }
-        }
-    }
-
-    fn is_stalled_at(&self, server: ServerId, now: Millis) -> bool {
-        let members = self.object.status.map.iter().flat_map(VolumeMap::members);
-        members.filter(|m| m.server == server).any(|m| self.is_stalled(m, now))
-    }
-}
-
-fn is_stuck(silence: &FenceSilence, now: Millis) -> bool {
-    silence.asked.since(silence.since) + 2 * AGAIN_MS >= FENCE_FAIL_MS && now.since(silence.since) >= FENCE_FAIL_MS
 }
 
 impl Change {
@@ -583,7 +528,7 @@ impl Change {
 impl Purpose {
     /// Only such a change may leave members out.
     pub(super) fn is_failure(self) -> bool {
-        matches!(self, Self::Failure | Self::Recover)
+        matches!(self, Self::Failure | Self::Recover | Self::Force)
     }
 }
 

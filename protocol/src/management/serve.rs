@@ -40,7 +40,9 @@ impl Volume {
     pub(super) fn serve(&mut self, world: &mut World<'_>) {
         let Some(map) = self.object.status.map.as_ref() else { return };
         let (volume, generation) = (map.volume, map.generation);
-        let servers: BTreeSet<_> = map.members().map(|m| m.server).collect();
+        // Holders of kept copies too: what they store tells them that they serve no more (I8).
+        let kept = self.object.status.retired.iter().filter(|r| r.kept).map(|r| r.server);
+        let servers: BTreeSet<_> = map.members().map(|m| m.server).chain(kept).collect();
         self.served.retain(|id, _| servers.contains(id));
         for id in servers {
             let fresh = Served { generation, since: world.now, asked: None, done: None };
@@ -107,6 +109,11 @@ impl Volume {
     /// Nothing of the volume is at a server: a fence finds out about members that serve. The others are lost, unless the
     /// server has just come up and may not have opened all its devices.
     fn nothing_there(&mut self, world: &World<'_>, server: ServerId) {
+        let named = self.map().is_some_and(|map| map.members().any(|m| m.server == server));
+        if let Some(served) = self.served.get_mut(&server).filter(|_| !named) {
+            // It held a kept copy and has lost it: there is nobody to be told.
+            served.done = Some(world.now);
+        }
         let Some(state) = world.servers.of(server) else { return };
         let up = state.has_opened(world.now);
         let map = self.object.status.map.iter();
@@ -145,14 +152,21 @@ impl Volume {
         self.deleting.retain(|copy, _| retired.iter().any(|r| r.copy == *copy));
         let let_go = |r: &RetiredCopy| self.object.wishes.let_go.contains(&r.copy);
         let gone = |r: &RetiredCopy| let_go(r) || self.deleting.get(&r.copy).is_some_and(|d| d.done);
-        let left: Vec<_> = retired.iter().filter(|r| !gone(r)).copied().collect();
-        if left.len() < retired.len() {
-            self.passed(world, self.status().generation, Step::CopiesDeleted);
+        let mut left: Vec<_> = retired.iter().filter(|r| !gone(r)).copied().collect();
+        let wanted = |r: &&mut RetiredCopy| r.kept && self.object.wishes.delete_kept.contains(&r.copy);
+        let mut freed = false;
+        for r in left.iter_mut().filter(wanted) {
+            (r.kept, freed) = (false, true);
+        }
+        if freed || left.len() < retired.len() {
+            if left.len() < retired.len() {
+                self.passed(world, self.status().generation, Step::CopiesDeleted);
+            }
             let next = Status { retired: left, ..self.status().clone() };
             self.write(world, WriteKind::Retired, next);
             return;
         }
-        for r in left {
+        for r in left.into_iter().filter(|r| !r.kept) {
             self.order_deletion(world, r);
         }
     }
@@ -214,12 +228,14 @@ impl Volume {
         let status = self.status();
         let generation = status.highest().max(self.floor).next();
         let mut retired = status.retired.clone();
+        retired.iter_mut().for_each(|r| r.kept = false);
         let mapped = status.map.iter().flat_map(|map| map.members()).map(|m| (m.copy, m.server));
         let proposed = status.proposed.iter().flat_map(|p| &p.copies).map(|c| (c.copy, c.server));
         for (copy, server) in mapped.chain(proposed) {
-            retire(&mut retired, RetiredCopy { copy, server, generation });
+            retire(&mut retired, RetiredCopy { copy, server, generation, kept: false });
         }
-        let next = Status { generation, map: None, proposed: None, retired, ended: Vec::new() };
+        let next =
+            Status { generation, map: None, proposed: None, retired, ended: Vec::new(), forced: status.forced.clone() };
         self.write(world, WriteKind::Delete, next);
     }
 

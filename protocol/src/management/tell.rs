@@ -8,9 +8,9 @@ use super::placement::Refusal;
 use super::plan::Hold;
 use super::volume::{Volume, World};
 use crate::control::CopyProgress;
-use crate::ids::CopyId;
-use crate::map::{Group, MemberState, VolumeMap};
-use std::fmt::Display;
+use crate::ids::{CopyId, ServerId};
+use crate::map::{Group, Member, MemberState, VolumeMap};
+use std::fmt::{Display, Write as _};
 
 /// Progress is told at the latest after this, milliseconds.
 const PROGRESS_MS: u64 = 10_000;
@@ -66,23 +66,49 @@ impl Volume {
         let Some(map) = self.map() else { return no(Reason::Pending, "there is no map".to_string()) };
         match &self.hold {
             Some(Hold::SilentMember { copies }) => {
-                let text = format!("all members that answer have restarted; waiting for {}", places(map, copies));
+                let text =
+                    format!("all members that answer have restarted; waiting for {}", places(map, copies, world));
                 return no(Reason::WaitingForSilentMember, text);
             }
             Some(Hold::NoActive { copies }) => {
-                let text = format!("no up-to-date copy answers; waiting for one of {}", places(map, copies));
-                return no(Reason::WaitingForCopies, text);
+                return no(Reason::WaitingForCopies, self.waiting_text(map, copies, world));
             }
             Some(Hold::NeedsFlush) | None => {}
         }
         let away = |group: &&Group| group.in_state(MemberState::Active).all(|m| !world.servers.is_alive(m.server));
         if let Some(group) = map.groups().map(|(_, _, group)| group).find(away) {
             let copies: Vec<_> = group.in_state(MemberState::Active).map(|m| m.copy).collect();
-            let text = format!("no up-to-date copy answers; waiting for one of {}", places(map, &copies));
-            return no(Reason::WaitingForCopies, text);
+            return no(Reason::WaitingForCopies, self.waiting_text(map, &copies, world));
         }
         let text = "every group has an up-to-date copy".to_string();
         Condition { kind, holds: true, reason: Reason::AsWished, text }
+    }
+
+    /// What is missing, and what a person can do if it never comes back (I8).
+    fn waiting_text(&self, map: &VolumeMap, copies: &[CopyId], world: &World<'_>) -> String {
+        let mut text = format!("no up-to-date copy answers; waiting for one of {}", places(map, copies, world));
+        let waits = |group: &&Group| group.members.iter().any(|m| copies.contains(&m.copy));
+        let groups = map.groups().map(|(_, _, group)| group).filter(waits);
+        let behind: Vec<_> = groups.flat_map(|g| &g.members).filter(|m| self.can_be_forced(m, world)).collect();
+        if behind.is_empty() {
+            return text;
+        }
+        let lacks = |m: &&Member| format!("{} ({})", places(map, &[m.copy], world), self.lacks(m, world));
+        let _ = write!(
+            text,
+            ". If they never come back, a person can go on with a copy that is behind, and lose what it lacks: {}. Stop the              servers and nodes that do not answer, then set spec.force to {{generation: {}, copies: [one of these for each              group that waits], othersAreStopped: true}}",
+            join(behind.iter().map(lacks)),
+            self.status().generation
+        );
+        text
+    }
+
+    fn lacks(&self, m: &Member, world: &World<'_>) -> String {
+        let progress = world.servers.of(m.server).and_then(|s| s.progress(m.copy));
+        match progress.filter(|p| p.unsynced > 0) {
+            Some(p) => format!("{} of {} pages are not filled: they are old or empty", p.unsynced, p.pages),
+            None => "lacks all that was written since it was left out".to_string(),
+        }
     }
 
     fn healthy(&self, world: &World<'_>) -> Condition {
@@ -103,9 +129,9 @@ impl Volume {
         let (reason, text) = if filling.is_empty() {
             let away = |m: &&crate::map::Member| m.state == MemberState::Failed || failing(m);
             let copies: Vec<_> = map.members().filter(away).map(|m| m.copy).collect();
-            (Reason::MembersFailed, format!("away: {}{}", places(map, &copies), self.suspicion(map, world)))
+            (Reason::MembersFailed, format!("away: {}{}", places(map, &copies, world), self.suspicion(map, world)))
         } else {
-            (Reason::Filling, format!("being filled: {}", places(map, &filling)))
+            (Reason::Filling, format!("being filled: {}", places(map, &filling, world)))
         };
         Condition { kind, holds: false, reason, text }
     }
@@ -143,7 +169,7 @@ impl Volume {
                 Condition { kind, holds: false, reason: Reason::AsWished, text }
             }
             Doubt::Asking(_) => {
-                let waiting = join(self.unanswered(world));
+                let waiting = join(self.unanswered(world).into_iter().map(|id| name_of(id, world)));
                 let text = format!("nothing is changed before these servers said what they store: {waiting}");
                 Condition { kind, holds: true, reason: Reason::WaitingForServers, text }
             }
@@ -172,7 +198,7 @@ impl Volume {
             return Condition { kind, holds: true, reason: Reason::InUse, text };
         }
         let away = |id| if world.servers.is_alive(id) { "" } else { " (does not answer)" };
-        let holders = join(retired.iter().map(|r| format!("{}{}", r.server, away(r.server))));
+        let holders = join(retired.iter().map(|r| format!("{}{}", name_of(r.server, world), away(r.server))));
         let text = format!("waiting for the holders of {} copies to confirm: {holders}", retired.len());
         Condition { kind, holds: true, reason: Reason::DeletingCopies, text }
     }
@@ -214,7 +240,15 @@ impl Volume {
             let text = format!("copy {} on server {} is no longer needed", m.copy, m.server);
             self.tell(world, EventReason::MemberRemoved, text);
         }
-        if new.loss() > old.loss() {
+        for f in self.status().forced.iter().filter(|f| f.generation > before.generation) {
+            let text = format!(
+                "a person forced copy {} of group {}, which was {:?} with {} pages not filled: what it lacks is lost, the \
+                 other copies are kept aside, every session is ended",
+                f.copy, f.group, f.was, f.unsynced
+            );
+            self.tell(world, EventReason::Forced, text);
+        }
+        if new.loss() > old.loss() && before.forced == self.status().forced {
             let text = "all members of a group have restarted: unflushed writes are written again by the driver";
             self.tell(world, EventReason::LossRaised, text.to_string());
         }
@@ -261,11 +295,17 @@ fn reason_of(refusal: Refusal) -> Reason {
     }
 }
 
-fn places(map: &VolumeMap, copies: &[CopyId]) -> String {
+fn places(map: &VolumeMap, copies: &[CopyId], world: &World<'_>) -> String {
     join(copies.iter().map(|copy| match map.place_of(*copy) {
-        Some((_, group, m)) => format!("copy {copy} of group {group} on server {}", m.server),
+        Some((_, group, m)) => format!("copy {copy} of group {group} on server {}", name_of(m.server, world)),
         None => format!("copy {copy}"),
     }))
+}
+
+/// A server as people know it.
+fn name_of(server: ServerId, world: &World<'_>) -> String {
+    let object = world.servers.of(server).and_then(|s| s.object.as_ref());
+    object.filter(|o| !o.node.is_empty()).map_or_else(|| server.to_string(), |o| o.node.clone())
 }
 
 fn join(items: impl IntoIterator<Item = impl Display>) -> String {

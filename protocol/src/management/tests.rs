@@ -3,6 +3,7 @@
 
 mod changes;
 mod fake;
+mod force;
 mod leaders;
 mod loss;
 mod plans;

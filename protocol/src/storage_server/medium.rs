@@ -103,6 +103,15 @@ pub enum Record {
         /// The layer.
         layer: LayerId,
     },
+    /// A person forced the copy (I8): every stale block of the layer is present again with the content that was kept (a
+    /// hole where there is no slot), no page is unsynced by the layer's mark, and the cursor is `u64::MAX`. Flags of
+    /// single pages stay. Costs the same for every size, as the mark does.
+    TrustLayer {
+        /// The copy.
+        copy: CopyId,
+        /// The layer.
+        layer: LayerId,
+    },
     /// Pages below the cursor are no longer unsynced by the layer's mark. `u64::MAX` = the fill of the layer is over.
     Cursor {
         /// The copy.

@@ -10,7 +10,7 @@
 use super::contract::{CallId, Output};
 use super::medium::{CopyRecord, LayerRecord, MediumAnswer, MediumOp, Record};
 use super::pending::end_of_settle;
-use super::volume::Volume;
+use super::volume::{Copy, Volume};
 use super::{Due, Owner, StorageServer};
 use crate::control::{ControlReply, ControlRequest, Fence};
 use crate::ids::{BootId, CopyId, DeviceId, Generation, LayerId, VolumeId};
@@ -349,11 +349,17 @@ impl StorageServer {
         }
     }
 
-    /// M2: one durable step. Its parts in order: what the end of a settle clears, then the map itself.
+    /// M2: one durable step. Its parts in order: what a force trusts again, what the end of a settle clears, then the map.
     fn store_map(&mut self, volume: VolumeId, map: VolumeMap) -> usize {
         let server = self.config.server;
         let known = self.known(volume);
         let mut records: BTreeMap<BootId, Vec<Record>> = known.boots().into_iter().map(|b| (b, Vec::new())).collect();
+        let mut forced = Vec::new();
+        for copy in known.forced_by(&map, server) {
+            let Some((boot, mut trust)) = known.copies.get_mut(&copy).and_then(Copy::trust) else { continue };
+            records.entry(boot).or_default().append(&mut trust);
+            forced.push((boot, copy));
+        }
         for (_, _, group) in map.groups().filter(|(_, _, group)| group.settle == Settle::Over) {
             let member = group.members.iter().find(|m| m.server == server && m.state != MemberState::Failed);
             let Some(member) = member else { continue };
@@ -374,6 +380,9 @@ impl StorageServer {
         let blob = known.blob();
         for records in records.values_mut() {
             records.push(Record::PutVolume { volume, blob: blob.clone() });
+        }
+        for (boot, copy) in forced {
+            self.forget_records(boot, copy);
         }
         self.commit_all(volume, records)
     }

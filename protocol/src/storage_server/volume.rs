@@ -5,14 +5,14 @@
 
 use super::Line;
 use super::contract::ConnId;
-use super::medium::{CopyRecord, LayerRecord};
+use super::medium::{CopyRecord, LayerRecord, Record};
 use super::pending::Pending;
 use super::reconfigure::Change;
 use crate::codec::{DecodeError, Wire, decode, encode, wire_struct};
 use crate::control::SettleName;
-use crate::ids::{BootId, CopyId, DeviceId, Generation, Incarnation, LayerId, OpenNumber, Seq, SessionId};
+use crate::ids::{BootId, CopyId, DeviceId, Generation, Incarnation, LayerId, OpenNumber, Seq, ServerId, SessionId};
 use crate::layer::PageKey;
-use crate::map::VolumeMap;
+use crate::map::{Member, MemberState, VolumeMap};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// What a device keeps of a volume.
@@ -105,6 +105,20 @@ impl Copy {
         PageKey { copy: self.record.copy, layer, page }
     }
 
+    /// I8: a person forced this copy; what is stale or unsynced counts as it is. Gives the opening and the records.
+    pub(super) fn trust(&mut self) -> Option<(BootId, Vec<Record>)> {
+        let (boot, copy) = (self.boot?, self.record.copy);
+        let mut records = Vec::new();
+        for (layer_id, layer) in &mut self.layers {
+            layer.cursor = u64::MAX;
+            records.push(Record::TrustLayer { copy, layer: *layer_id });
+            for page in std::mem::take(&mut layer.unsynced) {
+                records.push(Record::ClearUnsynced(PageKey { copy, layer: *layer_id, page }));
+            }
+        }
+        Some((boot, records))
+    }
+
     /// The device is closed: what memory knew of its writers is worth nothing now.
     pub(super) fn close(&mut self) {
         self.boot = None;
@@ -151,6 +165,24 @@ impl Volume {
     /// Generation of the stored map; 0 = none.
     pub(super) fn stored(&self) -> Generation {
         self.map.as_ref().map_or(Generation(0), |map| map.generation)
+    }
+
+    /// The copies here that a map forces (I8): it lists one as `Active` under its own boot id, in a group whose loss it
+    /// raised since the stored map, although pages of it are unsynced. By I7 nothing but a force makes such a map.
+    pub(super) fn forced_by(&self, map: &VolumeMap, server: ServerId) -> Vec<CopyId> {
+        let stored = self.stored();
+        let raised = map.groups().filter(|(_, _, group)| group.loss > stored);
+        let members = raised.flat_map(|(p, g, group)| group.members.iter().map(move |m| (p, g, m)));
+        let active = members.filter(|(_, _, m)| m.server == server && m.state == MemberState::Active);
+        let behind = |(p, g, m): (u32, u32, &Member)| {
+            let copy = self.copies.get(&m.copy).filter(|copy| copy.boot == Some(m.boot))?;
+            let pages = |id: &LayerId| {
+                let layer = map.layers.iter().find(|l| l.id == *id && l.placement == p);
+                layer.map_or(0, |layer| map.geometry(layer).pages(g))
+            };
+            copy.layers.iter().any(|(id, layer)| layer.unsynced_pages(pages(id)) > 0).then_some(m.copy)
+        };
+        active.filter_map(behind).collect()
     }
 
     pub(super) fn add_copy(&mut self, record: CopyRecord, boot: BootId, device: DeviceId) {

@@ -30,11 +30,39 @@ pub(crate) struct Stack {
     pub(crate) page_bytes: u32,
     /// First page that is unsynced by the layer's mark.
     pub(crate) cursor: u64,
-    /// Counts the marks of the whole layer (H7).
+    /// Counts the marks of the whole layer (H7) and the times a person forced it (I8); [`TRUSTED`] says which was last.
     pub(crate) mark: u32,
 }
 
+/// In a stack's mark: the last one was a force (I8). Pages that have not seen it keep what they hold instead of losing it.
+const TRUSTED: u32 = 1 << 31;
+
+/// What a layer's mark that a page has not seen does to the blocks of the page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Unseen {
+    /// Every block that is not absent is stale (H7).
+    Stale,
+    /// What is stale is present again (I8).
+    Trusted,
+}
+
 impl Stack {
+    /// The mark that makes every page stale, next after this one.
+    pub(crate) fn next_mark(&self) -> u32 {
+        (self.mark & !TRUSTED) + 1
+    }
+
+    /// The mark that a force leaves.
+    pub(crate) fn next_trust(&self) -> u32 {
+        self.next_mark() | TRUSTED
+    }
+
+    /// What this layer's mark does to a page that has seen `seen` last; `None` = it has seen it.
+    pub(crate) fn unseen(&self, seen: u32) -> Option<Unseen> {
+        let unseen = if self.mark & TRUSTED == 0 { Unseen::Stale } else { Unseen::Trusted };
+        (seen != self.mark).then_some(unseen)
+    }
+
     pub(crate) fn blocks(&self) -> u32 {
         self.page_bytes / lamina_protocol::layer::BLOCK_BYTES
     }

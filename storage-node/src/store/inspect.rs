@@ -3,6 +3,7 @@
 //! Invariant: nothing is written, not even a replayed journal; the device is locked against a server that would serve it.
 
 use crate::store::DeviceError;
+use crate::store::catalog::Unseen;
 use crate::store::codec::crc32c;
 use crate::store::disk::{Access, Disk, FileDisk};
 use crate::store::geometry::{BLOCK, cell_block_of};
@@ -72,15 +73,18 @@ impl Inspected {
         let Some(number) = self.loaded.table.find(stack, page.page) else { return Ok(None) };
         let entry = *self.loaded.table.at(number);
         let kept = self.loaded.catalog.stack(stack).expect("looked up by its key");
-        let (blocks, all_stale) = (kept.blocks(), entry.has(ALL_STALE) || entry.seen != kept.mark);
+        let blocks = kept.blocks();
+        let unseen = kept.unseen(entry.seen).or(entry.has(ALL_STALE).then_some(Unseen::Stale));
         let mut data = vec![0; kept.page_bytes as usize];
         let mut bad = Vec::new();
         let mut states = match entry.home() {
             None => states_of(self.loaded.table.runs(number), blocks),
             Some(home) => self.read_slot(&entry, home, blocks, &mut data, &mut bad)?,
         };
-        if all_stale {
-            states.make_stale();
+        match unseen {
+            Some(Unseen::Stale) => states.make_stale(),
+            Some(Unseen::Trusted) => states.trust_stale(entry.slot().is_some()),
+            None => {}
         }
         let record = PageRecord {
             allocated: entry.slot().is_some(),

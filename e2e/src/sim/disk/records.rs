@@ -24,6 +24,18 @@ fn make_stale(page: &mut DiskPage) {
     }
 }
 
+fn trust_stale(page: &mut DiskPage) {
+    let trusted = if page.slot { BlockState::Present } else { BlockState::Hole };
+    let trust = |version: &mut Version| {
+        if version.state == BlockState::Stale {
+            version.state = trusted;
+        }
+    };
+    for cell in &mut page.cells {
+        cell.for_all(trust);
+    }
+}
+
 impl Disk {
     pub(super) fn commit(&mut self, record: Record) {
         match record {
@@ -47,6 +59,12 @@ impl Disk {
                     make_stale(page);
                 }
                 self.set_cursor(copy, layer, 0);
+            }
+            Record::TrustLayer { copy, layer } => {
+                for (_, page) in self.pages.iter_mut().filter(|(k, _)| k.copy == copy && k.layer == layer) {
+                    trust_stale(page);
+                }
+                self.set_cursor(copy, layer, u64::MAX);
             }
             Record::Cursor { copy, layer, cursor } => self.set_cursor(copy, layer, cursor),
             Record::PutCopy(mut put) => {

@@ -552,6 +552,8 @@ pub(super) fn volume(copies: u8, groups: u8) -> VolumeObject {
         deleted: false,
         let_go: Vec::new(),
         adopt: None,
+        force: None,
+        delete_kept: Vec::new(),
     };
     VolumeObject { id: V, name: "data".to_string(), id_is_new: true, wishes, status: Status::default() }
 }

@@ -151,7 +151,7 @@ fn a_deleted_volume_goes_only_when_every_holder_confirmed() {
     assert!(fake.status().map.is_none());
     assert_eq!(fake.status().retired.len(), 1);
     let deleting = fake.condition(ConditionKind::Deleting);
-    assert!(deleting.text.contains(&ServerId(2).to_string()) && deleting.text.contains("does not answer"));
+    assert!(deleting.text.contains("n2") && deleting.text.contains("does not answer"));
     fake.server(2).up = true;
     fake.run(5_000);
     assert!(fake.object.is_none());

@@ -177,3 +177,39 @@ fn a_rotted_block_is_answered_as_bad_and_repaired_from_the_next_member() {
     assert_eq!(reply.body, ReplyBody::BadBlock { blocks: vec![0] }, "R12");
     assert_eq!(net.ask(0, handles[0], 1, read_at(0), Bytes::new()).payload, block(5), "repaired");
 }
+
+#[test]
+fn i8_a_forced_copy_serves_what_it_kept_and_nothing_is_unsynced_any_more() {
+    let (mut net, _) = rejoining();
+    let settle = |boot| Settle::Running { authoritative: CopyId(101), boot, begun: Generation(6) };
+    let promised = net.fence(1, 6, vec![]);
+    assert_eq!(promised.copies[0].unsynced, 16, "the fence itself changes nothing: the force may never be committed");
+    let boot = net.servers[1].boot;
+    let forced = net.map_with_boots(6, |map| {
+        let group = &mut map.placements[0].groups[0];
+        group.members.remove(0);
+        (group.loss, group.settle) = (Generation(6), settle(boot));
+    });
+    assert_eq!(net.control(1, ControlRequest::Serve { map: forced.clone() }), ControlReply::Done);
+    let over = net.fence(1, 7, vec![]);
+    assert_eq!((over.copies[0].unsynced, over.copies[0].to_settle), (0, 0));
+    let mut over = VolumeMap { generation: Generation(7), ..forced };
+    over.placements[0].groups[0].settle = Settle::Over;
+    assert_eq!(net.control(1, ControlRequest::Serve { map: over }), ControlReply::Done);
+    let handle = net.open(1, 7, 3);
+
+    let read = RequestBody::Read { place: Place { layer: LAYER, group: 0, page: 3, offset: 0, length: 4096 } };
+    assert_eq!(net.ask(1, handle, 7, read, Bytes::new()).payload, block(0xee), "stale before, content kept");
+    net.restart(1);
+    let restarted = net.fence(1, 8, vec![]);
+    assert_eq!(restarted.copies[0].unsynced, 0, "durably");
+}
+
+#[test]
+fn i8_only_a_map_that_raises_the_loss_trusts_what_is_behind() {
+    let (mut net, _) = rejoining();
+    let wrong = net.map_with_boots(6, |_| {});
+    net.fence(1, 6, vec![]);
+    assert_eq!(net.control(1, ControlRequest::Serve { map: wrong }), ControlReply::Done);
+    assert_eq!(net.fence(1, 7, vec![]).copies[0].unsynced, 16, "a map that a plan never makes trusts nothing");
+}

@@ -85,6 +85,14 @@ impl Medium {
                 }
                 self.copies.get_mut(&copy).unwrap().layers[0].cursor = 0;
             }
+            Record::TrustLayer { copy, layer } => {
+                for (key, (record, _)) in &mut self.pages {
+                    if key.copy == copy && key.layer == layer {
+                        record.blocks.trust_stale(record.allocated);
+                    }
+                }
+                self.copies.get_mut(&copy).unwrap().layers[0].cursor = u64::MAX;
+            }
             Record::Cursor { copy, cursor, .. } => self.copies.get_mut(&copy).unwrap().layers[0].cursor = cursor,
             Record::Stale { page, blocks } => {
                 blocks.iter().for_each(|b| self.entry(page).0.blocks.set(*b, BlockState::Stale));

@@ -72,7 +72,9 @@ impl Core {
             Record::Pending { page, set: false } => {
                 self.find(*page).is_none_or(|number| self.is_whole_page_verified(number))
             }
-            Record::MarkLayerUnsynced { .. } | Record::PutCopy(_) | Record::DropCopy(_) => self.busy.is_empty(),
+            Record::MarkLayerUnsynced { .. } | Record::TrustLayer { .. } | Record::PutCopy(_) | Record::DropCopy(_) => {
+                self.busy.is_empty()
+            }
             _ => true,
         }
     }
@@ -86,6 +88,12 @@ impl Core {
             Record::MarkLayerUnsynced { copy, layer } => {
                 let stack = self.catalog.stack_of(copy, layer).expect("a listed layer");
                 self.mark_layer_unsynced(stack);
+            }
+            Record::TrustLayer { copy, layer } => {
+                let stack = self.catalog.stack_of(copy, layer).expect("a listed layer");
+                let mark = self.catalog.stack(stack).expect("listed").next_trust();
+                self.change_catalog(CatalogChange::Mark { stack, mark });
+                self.change_catalog(CatalogChange::Cursor { stack, cursor: u64::MAX });
             }
             Record::Cursor { copy, layer, cursor } => {
                 let stack = self.catalog.stack_of(copy, layer).expect("a listed layer");
@@ -142,7 +150,10 @@ impl Core {
             self.spoil_unlogged(number);
         }
         let slotless = self.find(page).is_some_and(|number| self.table.at(number).slot().is_none());
+        let mark = self.catalog.stack(self.stack_of(page)).expect("listed").mark;
         self.change_header(page, true, |entry| {
+            // All is stale now, whatever an earlier mark said of it.
+            entry.seen = mark;
             entry.set(UNSYNCED, true);
             entry.set(ALL_STALE, entry.slot().is_some() || slotless);
         });
@@ -160,7 +171,7 @@ impl Core {
                 self.spoil_unlogged(number);
             }
         }
-        let mark = self.catalog.stack(stack).expect("listed").mark + 1;
+        let mark = self.catalog.stack(stack).expect("listed").next_mark();
         self.change_catalog(CatalogChange::Mark { stack, mark });
     }
 

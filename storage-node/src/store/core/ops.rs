@@ -4,6 +4,7 @@
 //! presence of data written in place is the exception and follows at the next flush (core/cycle.rs).
 
 use super::{Busy, Core, Purpose, Unlogged};
+use crate::store::catalog::Unseen;
 use crate::store::codec::crc32c;
 use crate::store::geometry::{BLOCK, UNIT_BLOCKS, UNITS_PER_SLAB, cell_block_of};
 use crate::store::record::{CatalogChange, Redo};
@@ -143,11 +144,11 @@ impl Core {
         }
     }
 
-    /// Whether every block that is not absent is stale, whatever its cell says (H7).
-    pub(super) fn is_all_stale(&self, number: u32) -> bool {
+    /// What marks say of a page's blocks, whatever their cells say (H7, I8); `None` = the cells are right.
+    pub(super) fn unseen(&self, number: u32) -> Option<Unseen> {
         let entry = self.table.at(number);
-        let mark = self.catalog.stack(entry.stack).expect("a listed stack").mark;
-        entry.flags & ALL_STALE != 0 || entry.seen != mark
+        let own = (entry.flags & ALL_STALE != 0).then_some(Unseen::Stale);
+        self.catalog.stack(entry.stack).expect("a listed stack").unseen(entry.seen).or(own)
     }
 
     /// The states of all blocks of a page. The cells of a page with a slot must be held.
@@ -161,8 +162,10 @@ impl Core {
                 states
             }
         };
-        if self.is_all_stale(number) {
-            states.make_stale();
+        match self.unseen(number) {
+            Some(Unseen::Stale) => states.make_stale(),
+            Some(Unseen::Trusted) => states.trust_stale(self.table.at(number).slot().is_some()),
+            None => {}
         }
         states
     }
@@ -353,9 +356,7 @@ impl Core {
 
     /// Writes into the cells what the marks say (H7), so that the page can change. The cells must be held.
     pub(super) fn materialise(&mut self, number: u32) {
-        if !self.is_all_stale(number) {
-            return;
-        }
+        let Some(unseen) = self.unseen(number) else { return };
         let states = self.view(number);
         let mut entry = *self.table.at(number);
         entry.seen = self.catalog.stack(entry.stack).expect("listed").mark;
@@ -364,9 +365,19 @@ impl Core {
             let runs = runs_of(&states).expect("staleness joins runs, it makes none");
             return self.put_header(number, entry, &runs);
         };
-        for (range, state) in states.runs(0..states.len()) {
-            if state == BlockState::Stale {
-                self.set_states(home, range, state);
+        match unseen {
+            Unseen::Stale => {
+                for (range, _) in states.runs(0..states.len()).into_iter().filter(|run| run.1 == BlockState::Stale) {
+                    self.set_states(home, range, BlockState::Stale);
+                }
+            }
+            // Cell by cell: what was written and is not logged yet gets its state with its checksum.
+            Unseen::Trusted => {
+                for block in (0..states.len()).filter(|b| states.of(*b) == BlockState::Present) {
+                    if self.block(home + u64::from(block)).0 == BlockState::Stale {
+                        self.set_states(home, block..block + 1, BlockState::Present);
+                    }
+                }
             }
         }
         self.put_header(number, entry, &[]);

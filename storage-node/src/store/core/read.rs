@@ -6,6 +6,7 @@
 
 use super::{Core, IoKind, Purpose, Unlogged};
 use crate::store::aligned::AlignedBuf;
+use crate::store::catalog::Unseen;
 use crate::store::codec::crc32c;
 use crate::store::geometry::{BLOCK, cell_block_of};
 use lamina_protocol::layer::BlockState;
@@ -53,10 +54,11 @@ impl Core {
     /// Reads blocks of a page with a slot whose cells are held. `home` = its first block.
     pub(super) fn start_read(&mut self, op: Option<OpId>, number: u32, page_home: u64, first: u32, blocks: u32) {
         let home = page_home + u64::from(first);
-        let stale = self.is_all_stale(number);
+        let unseen = self.unseen(number);
         let expected = (home..home + u64::from(blocks)).map(|at| match self.block(at) {
-            (BlockState::Present, _) if stale => Expected::Anything,
+            (BlockState::Present, _) if unseen == Some(Unseen::Stale) => Expected::Anything,
             (BlockState::Present, crc) => Expected::Checksum(crc),
+            (BlockState::Stale, crc) if unseen == Some(Unseen::Trusted) => Expected::Checksum(crc),
             (BlockState::Stale, _) => Expected::Anything,
             (BlockState::Absent | BlockState::Hole, _) => Expected::Nothing,
         });

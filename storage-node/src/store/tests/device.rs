@@ -251,6 +251,50 @@ fn a_marked_layer_is_stale_however_large_and_writes_after_it_are_not() {
 }
 
 #[test]
+fn i8_a_forced_layer_serves_what_it_kept_over_a_restart_and_can_be_marked_again() {
+    for atomic4k in [false, true] {
+        let (_dir, path) = new_file();
+        let mut opening = Opening::of(&path, atomic4k, 1).with_copy();
+        opening.write(0, 0, 1, 2);
+        opening.write(1, 0, 2, 2);
+        opening.act(MediumOp::Shape { page: page(7), changes: vec![(0..4, BlockState::Hole)] });
+        opening.flush();
+        let mark = || Record::MarkLayerUnsynced { copy: COPY, layer: LAYER };
+        opening.act(MediumOp::Commit(vec![mark()]));
+        // A page of each kind: never touched since, half filled, and with a bad block of its own.
+        opening.write(1, 1, 9, 1);
+        opening.flush();
+        opening.act(MediumOp::Commit(vec![Record::TrustLayer { copy: COPY, layer: LAYER }]));
+        let states = |record: PageRecord| [0, 1, 2].map(|block| record.blocks.of(block));
+        let (present, absent) = (BlockState::Present, BlockState::Absent);
+        let check = |opening: &mut Opening| {
+            assert_eq!(states(opening.load(0).unwrap()), [present, present, absent]);
+            assert_eq!(states(opening.load(1).unwrap()), [present, present, absent]);
+            assert_eq!(opening.load(7).unwrap().blocks.of(1), BlockState::Hole);
+            assert_eq!((opening.read(0, 1..2).0, opening.read(1, 0..1).0), (vec![1; 4096], vec![2; 4096]));
+            assert_eq!(opening.read(1, 1..2), (vec![9; 4096], vec![]));
+        };
+        check(&mut opening);
+        drop(opening);
+        let mut again = Opening::of(&path, atomic4k, 2);
+        assert_eq!(again.opened.copies[0].layers[0].cursor, u64::MAX);
+        check(&mut again);
+        // Written into: what it kept stays beside what is new.
+        again.write(0, 0, 5, 1);
+        again.flush();
+        assert_eq!((again.read(0, 0..1).0, again.read(0, 1..2).0), (vec![5; 4096], vec![1; 4096]));
+        again.act(MediumOp::Commit(vec![Record::MarkUnsynced(page(1)), Record::ClearUnsynced(page(7))]));
+        assert_eq!(states(again.load(1).unwrap()), [BlockState::Stale, BlockState::Stale, absent]);
+        again.act(MediumOp::Commit(vec![mark()]));
+        assert_eq!(states(again.load(0).unwrap()), [BlockState::Stale, BlockState::Stale, absent]);
+        again.act(MediumOp::Commit(vec![Record::TrustLayer { copy: COPY, layer: LAYER }]));
+        drop(again);
+        let mut third = Opening::of(&path, atomic4k, 3);
+        assert_eq!((third.read(0, 0..1).0, third.read(1, 1..2).0), (vec![5; 4096], vec![9; 4096]));
+    }
+}
+
+#[test]
 fn a_device_that_grew_has_more_room_at_once() {
     let (_dir, path) = new_file();
     let mut opening = Opening::of(&path, false, 1).with_copy();
