@@ -7,6 +7,7 @@ use crate::control::{DriverReport, Trouble};
 use crate::ids::{Generation, Incarnation, OpenNumber, ServerId, SessionId, VolumeId};
 use crate::limits::STALL_TIMEOUT_MS;
 use crate::map::{AccessMode, VolumeMap};
+use crate::mutants::{Mutant, on};
 use crate::time::Millis;
 use crate::wire::{ReplyFrame, RequestFrame, Start};
 use bytes::Bytes;
@@ -269,7 +270,7 @@ impl Driver {
         Self {
             prefer: None,
             phase: Phase::Discovering,
-            replay: if resume { Replay::Running } else { Replay::Over },
+            replay: if resume && !on(Mutant::ResumeIsFresh) { Replay::Running } else { Replay::Over },
             view: None,
             listed: false,
             incarnation: Incarnation(u64::from(!resume)),
@@ -421,6 +422,9 @@ impl Driver {
 
     /// A successor acts for this session: not a word more to the kernel (R10).
     fn superseded(&mut self) {
+        if on(Mutant::SupersededTellsKernel) {
+            self.end();
+        }
         self.phase = Phase::Exited;
         self.ops.clear();
         self.forget_all();

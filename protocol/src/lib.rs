@@ -13,6 +13,7 @@ pub mod layer;
 pub mod limits;
 pub mod management;
 pub mod map;
+pub mod mutants;
 pub mod storage_server;
 pub mod time;
 pub mod wire;

@@ -71,16 +71,21 @@ impl World {
     /// I2: no promise ever goes down.
     pub(super) fn check_control_reply(&mut self, n: usize, reply: &ControlReply) {
         let before = self.servers[n].promised;
-        let (promised, stored) = match reply {
-            ControlReply::Promised(p) => (p.generation, p.stored),
-            _ => return,
-        };
+        let ControlReply::Promised(promise) = reply else { return };
+        let (promised, stored) = (promise.generation, promise.stored);
+        let copies = promise.copies.iter().map(|report| report.copy);
         self.counters.count("promises");
         if promised < before {
             self.fail("I2", format!("server {n} promised {before} and now says {promised}"));
         }
         if stored > promised || self.store.maps.keys().next_back().is_some_and(|highest| stored > *highest) {
             self.fail("I2", format!("server {n} says that it stores generation {stored}, promised {promised}"));
+        }
+        for copy in copies {
+            let before = self.servers[n].stored.insert(copy, stored).unwrap_or_default();
+            if stored < before {
+                self.fail("I2", format!("server {n} stored generation {before} for copy {copy} and now says {stored}"));
+            }
         }
         self.servers[n].promised = promised.max(before);
     }

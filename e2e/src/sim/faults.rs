@@ -165,6 +165,7 @@ impl World {
         let blank = Disk::blank(DeviceId(self.mint()), self.plan.setup.capacity_bytes);
         self.servers[server].disks[disk] = blank;
         self.servers[server].promised = Default::default();
+        self.servers[server].stored = Default::default();
         true
     }
 

@@ -84,7 +84,18 @@ impl World {
                 return Some(format!("group {number} of generation {} is {:?}", map.generation, group.members));
             }
         }
+        if let Some(what) = self.left_behind(map) {
+            return Some(what);
+        }
         map.settling().then(|| format!("generation {} is still settling", map.generation))
+    }
+
+    /// R14: no copy lies where nobody knows of it, and what is retired goes.
+    fn left_behind(&self, map: &VolumeMap) -> Option<String> {
+        let disks = self.servers.iter().enumerate().flat_map(|(n, s)| s.disks.iter().map(move |d| (n, d)));
+        let lies = disks.flat_map(|(n, d)| d.copies().map(move |c| (n, c.copy)));
+        let mut stray = lies.filter(|(_, copy)| map.place_of(*copy).is_none());
+        stray.next().map(|(n, copy)| format!("copy {copy} lies on server {n} and no map names it (R14)"))
     }
 
     fn reader(&self) -> Option<usize> {

@@ -5,8 +5,9 @@ use super::event::{Event, Host, Process};
 use super::net::{ConnIndex, Leaving, Message, Purpose};
 use super::world::{CLUSTER, World};
 use lamina_protocol::control::ControlRequest;
-use lamina_protocol::ids::{BootId, DeviceId, Generation, ServerId};
+use lamina_protocol::ids::{BootId, CopyId, DeviceId, Generation, ServerId};
 use lamina_protocol::management;
+use lamina_protocol::mutants::{Mutant, on};
 use lamina_protocol::storage_server::medium::{MediumEvent, MediumOp, OpId};
 use lamina_protocol::storage_server::{CallId, Config, Input, Output, PeerId, StorageServer};
 use lamina_protocol::time::Millis;
@@ -32,6 +33,10 @@ pub(super) struct ServerHost {
     pub(super) requests: BTreeMap<(ConnIndex, RequestId), Generation>,
     /// Highest generation that it said to have promised (I1, I2).
     pub(super) promised: Generation,
+    /// Highest generation that it said to store for each copy (I2).
+    pub(super) stored: BTreeMap<CopyId, Generation>,
+    /// Openings that ended with a failure of the device, by process: only a deliberate mistake uses one again (R3).
+    failed_boots: BTreeMap<usize, (u32, BootId)>,
 }
 
 impl World {
@@ -54,6 +59,8 @@ impl World {
                 wake: 0,
                 requests: BTreeMap::new(),
                 promised: Generation(0),
+                stored: BTreeMap::new(),
+                failed_boots: BTreeMap::new(),
             });
             self.boot_server(n, 0);
         }
@@ -86,8 +93,10 @@ impl World {
         if self.servers[n].epoch != process.epoch || self.servers[n].machine.is_none() {
             return;
         }
-        let boot = self.mint_boot();
+        let fresh = self.mint_boot();
         let host = &mut self.servers[n];
+        let again = host.failed_boots.remove(&disk).filter(|(epoch, _)| *epoch == process.epoch);
+        let boot = again.filter(|_| on(Mutant::SameBootAgain)).map_or(fresh, |(_, boot)| boot);
         if host.disks[disk].boot().is_some() {
             return;
         }
@@ -248,6 +257,7 @@ impl World {
         let Some(disk) = host.disks.iter().position(|d| d.boot() == Some(boot)) else { return };
         let process = Process { host: Host::Server(n), epoch: host.epoch };
         host.disks[disk].close(Cut::Power, &mut self.dice);
+        host.failed_boots.insert(disk, (process.epoch, boot));
         let later = self.dice.within(50_000, 4_000_000);
         self.queue.push(self.now + later, Event::OpenDisk { process, disk });
     }

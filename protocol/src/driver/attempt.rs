@@ -9,6 +9,7 @@ use super::peer::{Outgoing, What};
 use super::{Driver, Op as Wish, OpError, Output, Phase, Replay, Tag};
 use crate::ids::{Seq, ServerId};
 use crate::map::AccessMode;
+use crate::mutants::{Mutant, on};
 use crate::wire::RequestBody;
 use bytes::Bytes;
 
@@ -99,7 +100,10 @@ impl Driver {
             return self.send_broadcast(id, broadcast, &view.serving);
         }
         op.begin(State::Running);
-        if matches!(op.kind, Kind::Write { .. }) && !op.sent && self.ask_for_room(id, &view) {
+        if matches!(op.kind, Kind::Write { .. })
+            && (!op.sent || on(Mutant::SentMayRunOut))
+            && self.ask_for_room(id, &view)
+        {
             return;
         }
         self.issue(id);
@@ -150,6 +154,9 @@ impl Driver {
     /// A frame of an attempt that still counts was answered with success.
     pub(super) fn frame_done(&mut self, id: OpId) {
         if let Some(op) = self.ops.get_mut(&id) {
+            if op.attempt.outstanding == 0 && (on(Mutant::AckOnOneCopy) || on(Mutant::AnyAttemptCounts)) {
+                return;
+            }
             op.attempt.outstanding -= 1;
             self.advance(id);
         }
@@ -158,6 +165,9 @@ impl Driver {
     /// A frame of an attempt that still counts was answered with something else.
     pub(super) fn frame_set_back(&mut self, id: OpId, setback: Setback) {
         if let Some(op) = self.ops.get_mut(&id) {
+            if op.attempt.outstanding == 0 && (on(Mutant::AckOnOneCopy) || on(Mutant::AnyAttemptCounts)) {
+                return;
+            }
             op.attempt.outstanding -= 1;
             op.set_back(setback);
             self.advance(id);

@@ -5,6 +5,7 @@
 //! all members.
 
 use crate::ids::Seq;
+use crate::mutants::{Mutant, on};
 use bytes::Bytes;
 use std::collections::{BTreeSet, VecDeque};
 
@@ -71,7 +72,7 @@ impl Kept {
     pub(super) fn acknowledge(&mut self, cost: u64, change: Option<Change>) {
         self.under_way -= cost;
         self.acks += 1;
-        if let Some(change) = change {
+        if let Some(change) = change.filter(|_| !on(Mutant::KeptDropped)) {
             self.bytes += change.own_cost();
             self.log.push_back((self.acks, change));
         }
@@ -135,7 +136,8 @@ impl Seqs {
 
     /// All numbers up to this one belong to writes that have succeeded.
     pub(super) fn acknowledged(&self) -> Seq {
-        self.unresolved.first().map_or(self.last, |first| Seq(first.0 - 1))
+        let unresolved = self.unresolved.first().filter(|_| !on(Mutant::ConfirmedUnfinished));
+        unresolved.map_or(self.last, |first| Seq(first.0 - 1))
     }
 
     /// A flush that was sent when [`Self::acknowledged`] was this was answered by all.

@@ -13,6 +13,7 @@ use super::op::{Broadcast, Kind, Op, Origin, Purpose, State};
 use super::{Driver, Phase, Replay};
 use crate::ids::{Generation, Seq};
 use crate::limits::IDLE_CONFIRM_MS;
+use crate::mutants::{Mutant, on};
 
 impl Driver {
     /// Under a new map, or at the beginning: whether something may be lost that is not handled.
@@ -20,7 +21,7 @@ impl Driver {
         let view = self.view.clone().expect("the caller has a map");
         self.drop_recovery();
         let loss = view.map.loss();
-        if loss <= self.handled || view.map.multi_session {
+        if loss <= self.handled || view.map.multi_session || on(Mutant::LossIgnored) {
             self.handled = self.handled.max(loss);
             return self.serve();
         }
@@ -77,6 +78,9 @@ impl Driver {
     }
 
     fn flush_rewrites(&mut self) {
+        if on(Mutant::HandledBeforeFlush) {
+            return self.rewrites_flushed();
+        }
         self.tell_all(Purpose::RewriteFlush, Broadcast::Flush { covers: Seq(0), acks: 0 });
     }
 

@@ -12,6 +12,7 @@
 
 use super::{OpError, Tag};
 use crate::ids::{Generation, Incarnation, Seq};
+use crate::mutants::{Mutant, on};
 use bytes::{Bytes, BytesMut};
 use std::ops::Range;
 
@@ -225,7 +226,7 @@ impl Op {
 
     /// Begin a new attempt; frames of those before do not count any longer.
     pub(super) fn begin(&mut self, state: State) {
-        let number = self.attempt.number.wrapping_add(1);
+        let number = self.attempt.number.wrapping_add(u32::from(!on(Mutant::AnyAttemptCounts)));
         self.attempt = Attempt { number, next: Some(0), ..Attempt::default() };
         self.state = state;
     }

@@ -6,6 +6,7 @@
 //! of writes under way.
 
 use super::op::OpId;
+use crate::mutants::{Mutant, on};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -19,6 +20,9 @@ pub(super) struct Order {
 impl Order {
     /// Enter an operation; `before` gets the writes that it has to wait for. A write becomes what others wait for.
     pub(super) fn enter(&mut self, op: OpId, range: &Range<u64>, write: bool, before: &mut Vec<OpId>) {
+        if on(Mutant::OverlapsRace) {
+            return;
+        }
         let first = self.segments.range(..=range.start).next_back().filter(|(_, (end, _))| *end > range.start);
         let from = first.map_or(range.start, |(start, _)| *start);
         let overlapping = self.segments.range(from..range.end);

@@ -9,6 +9,7 @@ use super::{Driver, Output, Phase, Replay};
 use crate::control::Trouble;
 use crate::ids::{Incarnation, Seq};
 use crate::limits::{IDLE_CONFIRM_MS, STALL_TIMEOUT_MS};
+use crate::mutants::{Mutant, on};
 use crate::time::Millis;
 use bytes::Bytes;
 
@@ -36,6 +37,7 @@ impl Driver {
     /// Every serving server has answered.
     pub(super) fn broadcast_answered(&mut self, id: OpId, broadcast: Broadcast) {
         if let Broadcast::Flush { covers, acks } = broadcast {
+            let acks = if on(Mutant::FlushCoversLater) { self.kept.acks() } else { acks };
             self.flushed(covers, acks);
         }
         let op = self.finish(id, Ok(Bytes::new()));
@@ -84,6 +86,10 @@ impl Driver {
     /// When all that was given back is done, a flush makes the replay final (R2).
     pub(super) fn look_at_replay(&mut self) {
         let Replay::Given(first_new) = self.replay else { return };
+        if on(Mutant::AdoptBeforeFlush) {
+            self.replay = Replay::Over;
+            return self.tell_all(Purpose::Adopt, Broadcast::Adopt(Incarnation(self.incarnation.0 - 1)));
+        }
         let given_back = |(id, op): (&OpId, &Op)| *id < first_new && matches!(op.origin, Origin::Os(_));
         if self.phase != Phase::Ended && !self.ops.range(..first_new).any(given_back) {
             self.replay = Replay::Flushing;

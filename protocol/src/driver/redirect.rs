@@ -7,6 +7,7 @@ use super::peer::{Handle, Peer, Sent, What};
 use super::{Driver, LinkId, OpError};
 use crate::control::Trouble;
 use crate::ids::{Generation, ServerId};
+use crate::mutants::{Mutant, on};
 use crate::wire::{ReplyBody, ReplyFrame};
 
 impl What {
@@ -52,7 +53,7 @@ impl Driver {
         );
         if served && sent.what.is_served_alike() {
             let peer = self.peers.get_mut(&server).expect("the caller found it");
-            peer.served(sent.generation, sent.at);
+            peer.served(sent.generation, if on(Mutant::LeaseFromReply) { self.now } else { sent.at });
         }
         match sent.what.attempt() {
             Some((op, attempt)) => self.part_answered(server, op, attempt, sent, frame),
@@ -145,6 +146,7 @@ impl Driver {
                 }
                 Some(Setback::Hold(Hold { map: Generation(0), handles: true }))
             }
+            ReplyBody::Ended if on(Mutant::EndedGoesOn) => for_map(newer),
             ReplyBody::Ended => {
                 self.end();
                 None

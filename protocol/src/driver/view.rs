@@ -2,7 +2,8 @@
 
 use crate::geometry::Geometry;
 use crate::ids::{BootId, CopyId, Generation, Incarnation, LayerId, ServerId, SessionId};
-use crate::map::{AccessMode, Group, MemberState, Standing, VolumeMap};
+use crate::map::{AccessMode, Group, Member, MemberState, Standing, VolumeMap};
+use crate::mutants::{Mutant, on};
 
 /// The members of one group of the top layer.
 #[derive(Debug, PartialEq, Eq)]
@@ -94,10 +95,14 @@ impl View {
 
 impl Route {
     fn new(group: &Group, prefer: Option<ServerId>) -> Self {
-        let mut active: Vec<_> = group.in_state(MemberState::Active).collect();
+        let reads =
+            |m: &&Member| m.state == MemberState::Active || on(Mutant::SyncingRead) && m.state == MemberState::Syncing;
+        let mut active: Vec<_> = group.members.iter().filter(reads).collect();
         active.sort_by_key(|m| (m.avoid, Some(m.server) != prefer)); // stable: map order within
+        let gets = |m: &&Member| m.state == MemberState::Active || !on(Mutant::SyncingNotWritten);
+        let writers: Vec<_> = group.writers().filter(gets).collect();
         Self {
-            writers: group.writers().map(|m| m.server).collect(),
+            writers: writers.iter().map(|m| m.server).collect(),
             readers: active.iter().map(|m| m.server).collect(),
             openings: group.writers().map(|m| (m.copy, m.boot)).collect(),
         }

@@ -12,6 +12,7 @@ use super::view::View;
 use crate::geometry::Geometry;
 use crate::ids::{LayerId, ServerId};
 use crate::limits::IDLE_CONFIRM_MS;
+use crate::mutants::{Mutant, on};
 use crate::wire::{Place, RequestBody};
 use bytes::Bytes;
 use std::collections::BTreeMap;
@@ -150,7 +151,7 @@ impl Driver {
         let op = self.ops.get_mut(&id).expect("the caller found it");
         op.sent = true;
         op.attempt.groups |= 1 << place.group;
-        op.attempt.outstanding += writers.len() as u32;
+        op.attempt.outstanding += if on(Mutant::AckOnOneCopy) { 1 } else { writers.len() as u32 };
         if op.first_seq.is_none() {
             op.first_seq = Some(seq);
             self.seqs.begin(seq);
@@ -168,6 +169,9 @@ impl Driver {
     pub(super) fn change_succeeded(&mut self, id: OpId) {
         let op = self.finish(id, Ok(Bytes::new()));
         self.seqs.succeed(op.first_seq.expect("a change has at least one part"));
+        if on(Mutant::ConfirmedUnflushed) {
+            self.seqs.confirm(self.seqs.acknowledged());
+        }
         match op.origin {
             Origin::Os(_) => self.keep(op),
             Origin::Own(Purpose::Rewrite) => self.rewritten(),

@@ -11,6 +11,7 @@
 
 use crate::control::CopyReport;
 use crate::ids::{BootId, CopyId};
+use crate::mutants::{Mutant, on};
 
 /// What a fence found out about a member.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,7 +38,7 @@ impl<'a> Seen<'a> {
     /// From a report and the boot id that the map lists (H2).
     pub fn of(report: Option<&'a CopyReport>, listed: BootId) -> Self {
         match report {
-            Some(report) if report.boot == listed => Self::Same(report),
+            Some(report) if report.boot == listed || on(Mutant::RestartUnseen) => Self::Same(report),
             Some(report) => Self::Restarted(report),
             None => Self::Gone,
         }
@@ -66,7 +67,7 @@ pub fn choose(active: &[(CopyId, Seen<'_>)], silent_over: bool) -> Choice {
         Choice::GoOn
     } else if which(|seen| matches!(seen, Seen::Restarted(_))).next().is_none() {
         Choice::WaitForActive(active.iter().map(|(copy, _)| *copy).collect())
-    } else if !silent.is_empty() && !silent_over {
+    } else if !silent.is_empty() && !silent_over && !on(Mutant::SilentNotWaited) {
         Choice::WaitForSilent(silent)
     } else {
         Choice::Restarted

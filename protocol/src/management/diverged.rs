@@ -15,6 +15,7 @@ use super::volume::{Volume, What, World};
 use crate::control::{ControlReply, ControlRequest, VolumeReport};
 use crate::ids::{Generation, ServerId};
 use crate::map::VolumeMap;
+use crate::mutants::{Mutant, on};
 use crate::time::Millis;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -199,7 +200,10 @@ impl Volume {
     /// A server stores this committed generation. Another leader may have committed it just now: the object is read
     /// first.
     pub(super) fn heard_stored(&mut self, world: &mut World<'_>, stored: Generation) {
-        if stored <= self.tolerated() || (self.map().is_none() && self.object.wishes.deleted) {
+        if on(Mutant::StoredNotCompared)
+            || stored <= self.tolerated()
+            || (self.map().is_none() && self.object.wishes.deleted)
+        {
             return;
         }
         match &mut self.doubt {

@@ -15,6 +15,7 @@ use crate::control::{CopyReport, Promised, SettleName};
 use crate::ids::{BootId, CopyId, Generation, LayerId, ServerId};
 use crate::limits::{READ_LEASE_WAIT_MS, SILENT_MEMBER_MS};
 use crate::map::{Group, Member, MemberState, Settle, VolumeMap};
+use crate::mutants::{Mutant, on};
 use crate::time::Millis;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -386,9 +387,13 @@ impl Volume {
     fn may_finish(&self, group: &Group, world: &World<'_>) -> bool {
         let settling = matches!(group.settle, Settle::Running { .. });
         if settling {
-            return group.writers().all(|m| self.hinted(m, world).is_some_and(|(_, to_settle)| to_settle == 0));
+            let settled = |m: &Member| self.hinted(m, world).is_some_and(|(_, to_settle)| to_settle == 0);
+            let early = on(Mutant::SettleEndsEarly) && group.writers().any(settled);
+            return early || group.writers().all(settled);
         }
-        group.in_state(MemberState::Syncing).any(|m| self.hinted(m, world).is_some_and(|(unsynced, _)| unsynced == 0))
+        group
+            .in_state(MemberState::Syncing)
+            .any(|m| self.hinted(m, world).is_some_and(|(unsynced, _)| unsynced == 0 || on(Mutant::UnsyncedActive)))
     }
 
     /// (unsynced, to settle) as a heartbeat said that was sent after the server stored the committed map.

@@ -12,6 +12,7 @@ use crate::control::{CopyReport, Promised, SettleName};
 use crate::ids::{CopyId, Generation, ServerId, SessionId};
 use crate::limits::MAX_ORDINALS;
 use crate::map::{Group, Member, MemberState, ServerEntry, Session, Settle, Standing, VolumeMap};
+use crate::mutants::{Mutant, on};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Sessions of one volume at a time: the map has to stay within its 64 KiB.
@@ -122,8 +123,20 @@ pub fn next_map(
 pub fn given_up(old: &VolumeMap, generation: Generation) -> VolumeMap {
     let mut map = VolumeMap { generation, ..old.clone() };
     for group in map.placements.iter_mut().flat_map(|p| &mut p.groups) {
-        if group.settle == Settle::Over {
+        if group.settle == Settle::Over && !on(Mutant::GiveUpRepeatsSettled) {
             group.settle = Settle::None;
+        }
+    }
+    map
+}
+
+/// What R13 forbids, if that very mistake is to be made: boot ids of replies. Else the map as it is.
+pub(super) fn mistaken_boots<'a>(mut map: VolumeMap, answers: impl Iterator<Item = &'a Answer>) -> VolumeMap {
+    if on(Mutant::GiveUpTakesBoots) {
+        let promises = answers.filter_map(|a| if let Answer::Promised(p) = a { Some(p) } else { None });
+        let reports: Vec<_> = promises.flat_map(|p| &p.copies).collect();
+        for m in map.placements.iter_mut().flat_map(|p| &mut p.groups).flat_map(|g| &mut g.members) {
+            m.boot = reports.iter().find(|r| r.copy == m.copy).map_or(m.boot, |r| r.boot);
         }
     }
     map
@@ -190,7 +203,7 @@ fn end_by_loss(
     goal: &Goal,
     forced: bool,
 ) -> Result<Vec<SessionId>, Hold> {
-    if !(old.multi_session || forced) || map.loss() == old.loss() || kept.is_empty() {
+    if !(old.multi_session || forced) || map.loss() == old.loss() || kept.is_empty() || on(Mutant::SharedLossGoesOn) {
         return Ok(Vec::new());
     }
     if !goal.flushed {
@@ -203,11 +216,11 @@ fn end_by_loss(
 /// Holds everybody while a settle runs (M5); else admits those who are there and, if nobody left out may still answer
 /// reads (M7), those who wait.
 fn admit(map: &mut VolumeMap, old: &VolumeMap, goal: &Goal, ended: &[SessionId]) {
-    let standing = if map.settling() { Standing::Held } else { Standing::Admitted };
+    let standing = if map.settling() && !on(Mutant::SettleHoldsNobody) { Standing::Held } else { Standing::Admitted };
     for session in &mut map.sessions {
         session.standing = standing;
     }
-    let lease_runs = map.members().any(|m| m.unpromised);
+    let lease_runs = map.members().any(|m| m.unpromised) && !on(Mutant::LeaseNotWaited);
     if standing == Standing::Held || lease_runs || !ended.is_empty() {
         return;
     }
@@ -285,7 +298,7 @@ impl<'a> Plan<'a> {
             let added = self.goal.add.iter().filter(|new| (new.placement, new.group) == (placement, group));
             added.for_each(|new| self.add(&mut members, old, new));
         }
-        let loss = if raised { self.generation } else { old.loss };
+        let loss = if raised && !on(Mutant::LossNotRaised) { self.generation } else { old.loss };
         let mut next = Group { members, loss, settle: Settle::None };
         next.settle = self.next_settle(old, &next, raised);
         Ok(next)
@@ -313,9 +326,10 @@ impl<'a> Plan<'a> {
             return None;
         }
         let leaves = may_leave && self.goal.leave.contains(&m.copy);
-        let filled = |r: &CopyReport| calm && self.goal.flushed && r.unsynced == 0;
+        let filled = |r: &CopyReport| calm && self.goal.flushed && (r.unsynced == 0 || on(Mutant::UnsyncedActive));
         let (state, boot) = match (m.state, seen) {
             (MemberState::Active | MemberState::Syncing, Seen::Same(_)) if leaves => (MemberState::Failed, m.boot),
+            (MemberState::Active, Seen::Same(r)) if on(Mutant::RestartUnseen) => (MemberState::Active, r.boot),
             (MemberState::Active, Seen::Same(_)) => (MemberState::Active, m.boot),
             (MemberState::Active, Seen::Restarted(r)) if raised => (MemberState::Active, r.boot),
             // I7; in no map that raises a loss, and not while a settle runs.
@@ -331,7 +345,9 @@ impl<'a> Plan<'a> {
 
     /// M7: left out without its promise, by this map or an earlier one whose lease still runs.
     fn is_unpromised(&self, m: &Member, silent: bool) -> bool {
-        silent && (m.state != MemberState::Failed || (m.unpromised && !self.goal.lease_over))
+        silent
+            && !on(Mutant::UnpromisedUnmarked)
+            && (m.state != MemberState::Failed || (m.unpromised && !self.goal.lease_over))
     }
 
     fn add(&self, members: &mut Vec<Member>, old: &Group, new: &NewCopy) {
@@ -356,19 +372,21 @@ impl<'a> Plan<'a> {
         let first = next.first_active().expect("chosen: a group keeps an Active member");
         let anew = Settle::Running { authoritative: first.copy, boot: first.boot, begun: self.generation };
         let Settle::Running { authoritative, boot, begun } = old.settle else {
-            return if raised || (self.settle_all && self.leftover(next)) { anew } else { Settle::None };
+            return if raised || (self.settle_all && self.leftover(next) && !on(Mutant::DeadPendingIgnored)) {
+                anew
+            } else {
+                Settle::None
+            };
         };
         let source = next.member(authoritative);
         let lives = source.is_some_and(|m| m.state == MemberState::Active && m.boot == boot);
-        if raised || !lives || self.restart_settles {
+        if raised || (!lives && !on(Mutant::SourceKept)) || self.restart_settles {
             return anew;
         }
         let name = SettleName { authoritative, boot, begun };
-        if self.goal.flushed && next.writers().all(|m| self.has_settled(m, old, name)) {
-            Settle::Over
-        } else {
-            old.settle
-        }
+        let settled = |m: &Member| self.has_settled(m, old, name);
+        let early = on(Mutant::SettleEndsEarly) && next.writers().any(settled);
+        if self.goal.flushed && (early || next.writers().all(settled)) { Settle::Over } else { old.settle }
     }
 
     /// M1, M3: its report is of this very settle, it served in the map before under this boot id, and nothing is left.
@@ -376,8 +394,10 @@ impl<'a> Plan<'a> {
         let served = old.member(m.copy).is_some_and(|o| o.state != MemberState::Failed && o.boot == m.boot);
         let Some(report) = report_of(self.answers, m.server, m.copy) else { return false };
         // The authoritative copy has nothing to take from anybody: the flush before this answer is its report.
-        let own = m.copy == name.authoritative;
-        served && report.boot == m.boot && (own || (report.settled_for == Some(name) && report.to_settle == 0))
+        let own = m.copy == name.authoritative || on(Mutant::WrongAuthority);
+        served
+            && report.boot == m.boot
+            && (own || ((report.settled_for == Some(name) || on(Mutant::SettleNotNamed)) && report.to_settle == 0))
     }
 
     /// Whether a member that serves has pages pending of a (session, incarnation) that is not listed, or from before

@@ -9,13 +9,14 @@ use super::condition::EventReason;
 use super::goal::Start;
 use super::heartbeat::{Hint, ServerState};
 use super::object::{MAX_FORCED, NewCopy, Proposal, Purpose, RetiredCopy, Status, WriteKind};
-use super::plan::{Answer, First, Goal, Hold, Next, first_map, given_up, next_map};
+use super::plan::{Answer, First, Goal, Hold, Next, first_map, given_up, mistaken_boots, next_map};
 use super::serve::{AGAIN_MS, retire};
 use super::volume::{FenceSilence, Volume, What, World};
 use crate::control::{ControlReply, ControlRequest, Fence, Promised};
 use crate::ids::{CopyId, Generation, LayerId, ServerId};
 use crate::limits::{FENCE_FAIL_MS, FENCE_PATIENCE_MS, MAX_FENCE_PATIENCE_MS, READ_LEASE_WAIT_MS};
 use crate::map::{Member, MemberState, VolumeMap};
+use crate::mutants::{Mutant, on};
 use crate::time::Millis;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -342,7 +343,7 @@ impl Volume {
             here && promised.copies.iter().all(|report| report.copy != m.copy)
         };
         self.lost.extend(map.iter().flat_map(|m| m.members()).filter(lost).map(|m| m.copy));
-        let first = !change.answers.values().any(|answer| matches!(answer, Answer::Promised(_)));
+        let first = !change.has_a_promise();
         change.answers.insert(server, Answer::Promised(promised));
         change.last_answer = world.now;
         let generation = change.proposal.generation;
@@ -406,9 +407,9 @@ impl Volume {
         let Some(change) = self.change.as_mut() else { return false };
         let Stage::LeaseWait(next) = &change.stage else { return false };
         let several = self.object.status.map.as_ref().is_some_and(|map| map.sessions.len() > 1);
-        let left_out = change.answers.values().any(|answer| *answer == Answer::LeftOut);
+        let left_out = change.answers.values().any(|a| *a == Answer::LeftOut);
         let until = change.last_answer.after(READ_LEASE_WAIT_MS);
-        if several && left_out && world.now < until {
+        if several && left_out && world.now < until && !on(Mutant::CommitBeforeLease) {
             world.wake_at(until);
             return false;
         }
@@ -446,7 +447,8 @@ impl Volume {
             return;
         };
         let generation = self.status().highest().max(self.floor).next();
-        let map = given_up(map, generation);
+        let answers = self.change.iter().flat_map(|change| change.answers.values());
+        let map = mistaken_boots(given_up(map, generation), answers);
         let mut retired = self.status().retired.clone();
         self.retire_proposed(&mut retired, &[]);
         if let Some(change) = self.change.as_mut() {
@@ -513,6 +515,10 @@ impl Volume {
 }
 
 impl Change {
+    fn has_a_promise(&self) -> bool {
+        self.answers.values().any(|answer| matches!(answer, Answer::Promised(_)))
+    }
+
     /// Sends the fence to this server again in a quarter of a second.
     fn ask_soon(&mut self, server: ServerId, now: Millis) {
         self.asked.insert(server, Millis((now.0 + AGAIN_MS / 4).saturating_sub(2 * AGAIN_MS)));

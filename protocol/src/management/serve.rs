@@ -11,6 +11,7 @@ use super::{Output, Step};
 use crate::control::{ControlReply, ControlRequest};
 use crate::ids::{CopyId, Generation, ServerId};
 use crate::map::MemberState;
+use crate::mutants::{Mutant, on};
 use crate::time::Millis;
 use std::collections::BTreeSet;
 
@@ -259,7 +260,7 @@ impl Volume {
 
 /// Adds a copy to the retired ones, once.
 pub(super) fn retire(retired: &mut Vec<RetiredCopy>, copy: RetiredCopy) {
-    if retired.iter().all(|r| r.copy != copy.copy) {
+    if retired.iter().all(|r| r.copy != copy.copy) && !on(Mutant::CopyForgotten) {
         retired.push(copy);
     }
 }

@@ -3,6 +3,7 @@
 
 use crate::ids::{BootId, Generation, Incarnation, ServerId};
 use crate::map::{MemberState, Revocation, Standing, VolumeMap};
+use crate::mutants::{Mutant, on};
 use crate::wire::{Opener, ReplyBody};
 
 /// What the comparator looks at beside the stored map.
@@ -30,7 +31,7 @@ pub(super) fn compare(facts: &Facts<'_>) -> Result<(), ReplyBody> {
         return Err(ReplyBody::Superseded { highest: facts.highest });
     }
     let own = facts.map.map_or(Generation(0), |map| map.generation);
-    if facts.generation > own {
+    if facts.generation > own && !on(Mutant::AheadServed) {
         return Err(ReplyBody::Behind { own });
     }
     let Some(map) = facts.map else { return Err(ReplyBody::Behind { own }) };
@@ -38,14 +39,15 @@ pub(super) fn compare(facts: &Facts<'_>) -> Result<(), ReplyBody> {
         Opener::Peer { server } => map.server(server).map(|_| false),
         Opener::Session { session } => map.session(session).map(|s| s.standing == Standing::Held),
     };
-    let Some(held) = held else { return Err(ReplyBody::Ended) };
+    let Some(held) = held.or(on(Mutant::EndedGoesOn).then_some(false)) else { return Err(ReplyBody::Ended) };
     if is_revoked(map, facts) {
         return Err(ReplyBody::Revoked);
     }
-    if facts.generation < own || facts.promised > own {
+    let older = facts.generation < own && !on(Mutant::OlderServed);
+    if older || facts.promised > own && !on(Mutant::ServedAfterFence) {
         return Err(ReplyBody::Stale { wait_for: own.max(facts.promised) });
     }
-    if held {
+    if held && !on(Mutant::HeldServed) {
         return Err(ReplyBody::Stale { wait_for: own.next() });
     }
     Ok(())
@@ -80,8 +82,10 @@ pub(super) fn member_serves(
 ) -> Result<(), ReplyBody> {
     let Some(member) = map.member_on(placement, group, server) else { return Err(ReplyBody::NoCopy) };
     let state_fits = match needs {
+        Needs::Active if on(Mutant::SyncingRead) => member.state != MemberState::Failed,
         Needs::Active => member.state == MemberState::Active,
         Needs::Writer => member.state != MemberState::Failed,
     };
-    if state_fits && open == Some(member.boot) { Ok(()) } else { Err(ReplyBody::NotServing) }
+    let boot_fits = open == Some(member.boot) || on(Mutant::BootNotCompared) && open.is_some();
+    if state_fits && boot_fits { Ok(()) } else { Err(ReplyBody::NotServing) }
 }

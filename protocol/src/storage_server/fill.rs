@@ -12,6 +12,7 @@ use super::page_ops::{Exec, ExecId, Work};
 use super::requests::Located;
 use crate::ids::{BootId, Generation, Incarnation, LayerId, Seq, SessionId, VolumeId};
 use crate::layer::{BLOCK_BYTES, BlockState, BlockStates};
+use crate::mutants::{Mutant, on};
 use crate::wire::{Place, ReplyBody};
 use bytes::{Bytes, BytesMut};
 use std::collections::BTreeMap;
@@ -113,7 +114,10 @@ impl ApplyPage {
 
     /// H8, H9: a page with pending writes at the source is pending here too. A settle marks every page that it touches.
     pub(super) fn needs_mark(&self) -> bool {
-        self.mode == Mode::Settle || self.before_start || !self.writers.is_empty()
+        if self.mode == Mode::Settle && !on(Mutant::SettleUnmarked) {
+            return true;
+        }
+        !on(Mutant::FillDropsPending) && (self.before_start || !self.writers.is_empty())
     }
 
     /// What a block becomes, if anything.
@@ -126,6 +130,7 @@ impl ApplyPage {
             (Mode::Settle, _, source) => Some(source),
             (Mode::Repair, Stale, source) => Some(source),
             (Mode::Repair, ..) => None,
+            (Mode::Fill, _, Present | Hole | Absent) if on(Mutant::FillOverPresent) => Some(source),
             (Mode::Fill, Present | Hole, _) | (Mode::Fill, Absent, Absent) => None,
             (Mode::Fill, Absent | Stale, source) => Some(source),
         }
@@ -206,7 +211,8 @@ impl StorageServer {
         let own = self.devices[&boot].records[&page].blocks.clone();
         let Some(Work::Apply(apply)) = self.execs.get_mut(&id).map(|e| &mut e.work) else { return };
         // H6: dropped if this member has promised or stored another generation since the page was asked for.
-        if promised != apply.generation || !pulled || apply.blocks.len() != own.len() {
+        let late = (promised != apply.generation || !pulled) && !on(Mutant::LateFillApplied);
+        if late || apply.blocks.len() != own.len() {
             apply.dropped = true;
             return;
         }

@@ -8,6 +8,7 @@ use super::contract::{ConnId, Output, Violation};
 use super::{Owner, StorageServer};
 use crate::ids::{BootId, Generation, Incarnation, OpenNumber, SessionId, VolumeId};
 use crate::limits::{CREDIT_PAGES, MAX_FRAME_BYTES, MAX_HANDLES, SPACE_RESERVE_DIVISOR, WINDOW_BYTES, WINDOW_REQUESTS};
+use crate::mutants::{Mutant, on};
 use crate::wire::{
     Class, HandleId, Opener, ReplyBody, ReplyFrame, ReplyHeader, RequestBody, RequestHeader, RequestId, WIRE_VERSION,
 };
@@ -157,11 +158,13 @@ impl StorageServer {
             return Err(ReplyBody::Ended);
         }
         let Some(heard) = known.sessions.get(&session) else { return Ok(()) };
-        if heard.incarnation > incarnation {
+        if heard.incarnation > incarnation && !on(Mutant::IncarnationNotCompared) {
             return Err(ReplyBody::Superseded { highest: heard.incarnation });
         }
         match heard.opens.get(&incarnation) {
-            Some(&highest) if highest >= number => Err(ReplyBody::OpenRefused { highest }),
+            Some(&highest) if highest >= number && !on(Mutant::LowerOpenTaken) => {
+                Err(ReplyBody::OpenRefused { highest })
+            }
             _ => Ok(()),
         }
     }
@@ -179,9 +182,9 @@ impl StorageServer {
             let heard = self.known(volume).sessions.entry(session).or_default();
             heard.opens.insert(incarnation, number);
             let risen = incarnation > heard.incarnation;
-            heard.incarnation = incarnation;
+            heard.incarnation = heard.incarnation.max(incarnation);
             self.kill_handles(volume, session);
-            if risen {
+            if risen && !on(Mutant::IncarnationVolatile) {
                 commits = self.persist(volume, Owner::Open(volume));
             }
         }
@@ -206,6 +209,9 @@ impl StorageServer {
     }
 
     fn kill_handles(&mut self, volume: VolumeId, session: SessionId) {
+        if on(Mutant::OldHandlesLive) || on(Mutant::IncarnationNotCompared) {
+            return;
+        }
         let opener = Opener::Session { session };
         for handle in self.handles.values_mut().filter(|h| h.volume == volume && h.opener == opener) {
             handle.dead = true;
@@ -239,7 +245,8 @@ impl StorageServer {
     fn lower_are_silent(&self, open: &WaitingOpen) -> bool {
         let Some(own) = open.handle.and_then(|id| self.handles.get(&id)) else { return true };
         let same = |h: &Handle| h.volume == own.volume && h.opener == own.opener;
-        matches!(own.opener, Opener::Peer { .. }) || !self.handles.values().any(|h| same(h) && h.dead && h.requests > 0)
+        let waits = !matches!(own.opener, Opener::Peer { .. }) && !on(Mutant::OpenWithoutSilence);
+        !waits || !self.handles.values().any(|h| same(h) && h.dead && h.requests > 0)
     }
 
     fn finish_open(&mut self, open: &WaitingOpen) {

@@ -11,6 +11,7 @@ use super::medium::{MediumAnswer, MediumOp, PageRecord, Record};
 use super::{Device, Line, MAX_CACHED_RECORDS, Owner, StorageServer};
 use crate::ids::{BootId, VolumeId};
 use crate::layer::{BLOCK_BYTES, BlockState, BlockStates, PageKey};
+use crate::mutants::{Mutant, on};
 use crate::wire::ReplyBody;
 use bytes::{Bytes, BytesMut};
 use std::ops::Range;
@@ -240,7 +241,9 @@ impl StorageServer {
             let volume = self.execs[&id].volume;
             self.medium(boot, Owner::Load(volume, page), MediumOp::Load(page));
         }
-        self.mark_for(id);
+        if !on(Mutant::DataBeforeMark) {
+            self.mark_for(id);
+        }
         self.try_run(id);
     }
 
@@ -277,9 +280,12 @@ impl StorageServer {
     fn try_run(&mut self, id: ExecId) {
         let exec = &self.execs[&id];
         let device = &self.devices[&exec.boot];
-        if device.records.contains_key(&exec.page) && self.mark_is_durable(exec) {
+        if device.records.contains_key(&exec.page) && (self.mark_is_durable(exec) || on(Mutant::DataBeforeMark)) {
             self.execs.get_mut(&id).expect("looked at above").stage = Stage::Running;
             self.run(id);
+            if on(Mutant::DataBeforeMark) {
+                self.mark_for(id);
+            }
             self.finish_if_done(id);
         }
     }
@@ -416,7 +422,7 @@ impl StorageServer {
         let blocks: Vec<u32> = bad.iter().map(|b| b + first).collect();
         if let Some(record) = self.devices.get_mut(&boot).and_then(|d| d.records.get_mut(&page)) {
             for &block in &blocks {
-                record.blocks.set(block, BlockState::Stale);
+                record.blocks.set(block, if on(Mutant::BadIsAbsent) { BlockState::Absent } else { BlockState::Stale });
             }
         }
         let known = self.known(volume);

@@ -15,6 +15,7 @@ use super::{Due, Owner, StorageServer};
 use crate::ids::{BootId, Incarnation, Seq, SessionId, VolumeId};
 use crate::layer::PageKey;
 use crate::map::VolumeMap;
+use crate::mutants::{Mutant, on};
 use crate::wire::{HandleId, Opener};
 
 /// How long marks that may go wait for others to go with them, in milliseconds.
@@ -142,10 +143,14 @@ impl StorageServer {
         let sessions = &known.sessions;
         let covered = |pending: &Pending| {
             let confirmed = |(session, incarnation): (SessionId, Incarnation), seq: Seq| {
+                if on(Mutant::ConfirmedAcross) {
+                    return sessions.values().flat_map(|s| s.confirmed.values()).any(|&heard| heard >= seq);
+                }
                 let Some(known) = sessions.get(&session) else { return false };
                 incarnation <= known.adopted || known.confirmed.get(&incarnation).is_some_and(|&heard| heard >= seq)
             };
-            !pending.before_start && pending.writers.iter().all(|&(writer, seq)| confirmed(writer, seq))
+            (!pending.before_start || on(Mutant::BeforeStartCleared))
+                && pending.writers.iter().all(|&(writer, seq)| confirmed(writer, seq))
         };
         let cleared = remove_pending(&mut known.copies, covered);
         for (boot, records) in cleared {
@@ -213,7 +218,7 @@ pub(super) fn end_of_settle(copy: &mut super::volume::Copy, map: &VolumeMap) -> 
     let mut records = Vec::new();
     for (layer_id, layer) in &mut copy.layers {
         layer.pending.retain(|page, pending| {
-            assert_eq!(pending.busy, 0, "a map is stored when nothing executes");
+            assert!(pending.busy == 0 || on(Mutant::FenceWithoutDrain), "a map is stored when nothing executes");
             pending.writers.retain(|(writer, _)| lives(*writer));
             pending.before_start = false;
             let stays = !pending.writers.is_empty();

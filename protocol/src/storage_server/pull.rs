@@ -18,6 +18,7 @@ use crate::control::SettleName;
 use crate::ids::{CopyId, Generation, Incarnation, LayerId, OpenNumber, ServerId, VolumeId};
 use crate::layer::{BLOCK_BYTES, PageKey};
 use crate::map::{Group, Member, MemberState, VolumeMap};
+use crate::mutants::{Mutant, on};
 use crate::wire::{
     Class, HandleId, Opener, ReplyBody, ReplyFrame, RequestBody, RequestFrame, RequestHeader, RequestId, Start,
 };
@@ -133,7 +134,9 @@ impl StorageServer {
     fn wanted_pull(&self, volume: VolumeId, map: &VolumeMap, group: &Group, number: u32, own: &Member) -> Option<Pull> {
         let copy = &self.volumes[&volume].copies[&own.copy];
         let name = settle_in(map, own.copy);
-        let settles = name.filter(|n| n.authoritative != own.copy && copy.settled != Some(*n));
+        let settled = |n: &SettleName| copy.settled == Some(*n) || on(Mutant::SettleNotNamed) && copy.settled.is_some();
+        let own_word = own.state == MemberState::Active && on(Mutant::WrongAuthority);
+        let settles = name.filter(|n| n.authoritative != own.copy && !settled(n) && !own_word);
         let layer_id = *copy.layers.keys().next()?;
         let layer = &copy.layers[&layer_id];
         let pages = self.pages_of(volume, own.copy, layer_id);
@@ -320,10 +323,13 @@ impl StorageServer {
         let all_asked = pull.todo.is_empty() && pull.scan >= pull.pages;
         let all_applied = all_asked && pull.is_idle();
         if pull.flushing.is_none() && (all_applied || pull.applied.len() >= FLUSH_PAGES) {
-            let (volume, cursor) = (pull.volume, pull.low());
+            let (volume, cursor, kind) = (pull.volume, pull.low(), pull.kind);
             pull.flushing = Some((std::mem::take(&mut pull.applied), cursor));
             let Some(boot) = self.known(volume).copies.get(&copy).and_then(|c| c.boot) else { return };
             self.known(volume).executing += 1;
+            if on(if kind == Kind::Fill { Mutant::FlagBeforeData } else { Mutant::SettleUnflushed }) {
+                return self.pull_flushed(copy);
+            }
             self.medium(boot, Owner::PullFlush(copy), MediumOp::Flush);
         }
     }
@@ -369,7 +375,8 @@ impl StorageServer {
     pub(super) fn pull_flushed(&mut self, copy: CopyId) {
         let Some(volume) = self.volume_of(copy) else { return };
         let promised = self.volumes[&volume].promised;
-        let Some(pull) = self.pulls.get_mut(&copy).filter(|p| p.generation == promised) else {
+        let late = on(Mutant::LateFillApplied);
+        let Some(pull) = self.pulls.get_mut(&copy).filter(|p| p.generation == promised || late) else {
             return self.finished_one(volume);
         };
         let Some((pages, cursor)) = &pull.flushing else { return self.finished_one(volume) };
@@ -395,7 +402,8 @@ impl StorageServer {
     pub(super) fn pull_marked(&mut self, copy: CopyId) {
         let Some(volume) = self.volume_of(copy) else { return };
         let promised = self.volumes[&volume].promised;
-        let flushed = self.pulls.get_mut(&copy).filter(|p| p.generation == promised).and_then(|pull| {
+        let late = on(Mutant::LateFillApplied);
+        let flushed = self.pulls.get_mut(&copy).filter(|p| p.generation == promised || late).and_then(|pull| {
             let (pages, cursor) = pull.flushing.take()?;
             pull.left = pull.left.saturating_sub(pages.len() as u64);
             Some((pages, cursor, pull.kind, pull.layer))
@@ -484,9 +492,12 @@ impl StorageServer {
 /// Whom to pull from: the authoritative copy while a settle runs (M8), else the first `Active` member, one that is not
 /// avoided if there is.
 fn source_of(group: &Group, own: &Member, settle: Option<SettleName>) -> Option<ServerId> {
-    if let Some(name) = settle {
+    if let Some(name) = settle.filter(|_| !on(Mutant::SourceOfSettleFree)) {
         return group.member(name.authoritative).filter(|m| m.copy != own.copy).map(|m| m.server);
     }
     let others = || group.in_state(MemberState::Active).filter(|m| m.copy != own.copy);
+    if on(Mutant::SourceOfSettleFree) {
+        return others().last().map(|m| m.server);
+    }
     others().find(|m| !m.avoid).or_else(|| others().next()).map(|m| m.server)
 }

@@ -16,6 +16,7 @@ use crate::control::{ControlReply, ControlRequest, Fence};
 use crate::ids::{BootId, CopyId, DeviceId, Generation, LayerId, VolumeId};
 use crate::layer::PageKey;
 use crate::map::{MemberState, Settle, VolumeMap};
+use crate::mutants::{Mutant, on};
 use std::collections::BTreeMap;
 
 /// Orders that wait for one volume; more than the steps of two leaders at once is nonsense and refused.
@@ -94,7 +95,8 @@ impl StorageServer {
             return self.control_reply(call, ControlReply::DeviceClosed);
         }
         // The same number again is the same plan (a proposal's generation belongs to it for ever): a lost reply.
-        if fence.generation < known.promised || fence.generation <= known.stored() {
+        let older = fence.generation < known.promised || fence.generation <= known.stored();
+        if older && !on(Mutant::DeposedObeyed) {
             return self.refuse(call, volume);
         }
         self.promise(volume, fence.generation);
@@ -113,7 +115,8 @@ impl StorageServer {
         }
         // Layers below the top come with snapshots; a map that has some is not one that this version can serve.
         let servable = map.validate().is_ok() && map.layers.len() == 1;
-        if map.generation < known.promised || map.generation <= known.stored() || !servable {
+        let older = map.generation < known.promised || map.generation <= known.stored();
+        if older && !on(Mutant::DeposedObeyed) || !servable {
             return self.refuse(call, volume);
         }
         self.promise(volume, map.generation);
@@ -184,7 +187,7 @@ impl StorageServer {
         if generation > known.promised {
             known.promised = generation;
             let copies: Vec<CopyId> = known.copies.keys().copied().collect();
-            for copy in copies {
+            for copy in copies.into_iter().filter(|_| !on(Mutant::LateFillApplied)) {
                 self.drop_pull(copy);
             }
         }
@@ -214,7 +217,7 @@ impl StorageServer {
         let Some(known) = self.volumes.get(&volume) else { return };
         let Some(change) = known.changes.front() else { return };
         let waits_for_work = matches!(change.stage, Stage::Draining | Stage::Clearing);
-        if change.outstanding > 0 || (waits_for_work && known.executing > 0) {
+        if change.outstanding > 0 || (waits_for_work && known.executing > 0 && !on(Mutant::FenceWithoutDrain)) {
             return;
         }
         if self.is_overtaken(volume) {
@@ -229,11 +232,13 @@ impl StorageServer {
     /// A later order has promised more: this one must not be answered as done.
     fn is_overtaken(&self, volume: VolumeId) -> bool {
         let known = &self.volumes[&volume];
-        known.changes.front().is_some_and(|change| match &change.order {
-            Order::Fence(fence) => fence.generation < known.promised,
-            Order::Serve(map) => map.generation < known.promised && change.stage != Stage::Storing,
-            Order::Put { .. } | Order::Delete { .. } | Order::Flush => false,
-        })
+        let heeded = !on(Mutant::DeposedObeyed);
+        heeded
+            && known.changes.front().is_some_and(|change| match &change.order {
+                Order::Fence(fence) => fence.generation < known.promised,
+                Order::Serve(map) => map.generation < known.promised && change.stage != Stage::Storing,
+                Order::Put { .. } | Order::Delete { .. } | Order::Flush => false,
+            })
     }
 
     fn enter(&mut self, volume: VolumeId, stage: Stage) {
@@ -247,6 +252,7 @@ impl StorageServer {
             }
             Stage::Marking => self.mark_rejoining(volume),
             Stage::Flushing => self.flush_all(volume),
+            Stage::Promising if on(Mutant::PromiseVolatile) => 0,
             Stage::Promising => self.persist(volume, Owner::Change(volume)),
             Stage::Storing => self.store(volume),
             Stage::Over => return self.finish_change(volume),
@@ -282,13 +288,19 @@ impl StorageServer {
         for copy_id in &fence.unsync {
             let Some(copy) = known.copies.get_mut(copy_id) else { continue };
             let Some(boot) = copy.boot else { continue };
-            copy.settled = None;
+            if !on(Mutant::SettledKept) {
+                copy.settled = None;
+            }
             copy.filled_bytes = 0;
             for (layer_id, layer) in &mut copy.layers {
                 layer.cursor = 0;
                 layer.unsynced.clear();
                 let records = records.entry(boot).or_default();
-                records.push(Record::MarkLayerUnsynced { copy: *copy_id, layer: *layer_id });
+                records.push(if on(Mutant::RejoinKeepsBlocks) {
+                    Record::Cursor { copy: *copy_id, layer: *layer_id, cursor: 0 }
+                } else {
+                    Record::MarkLayerUnsynced { copy: *copy_id, layer: *layer_id }
+                });
                 // What was pending says that this copy may have writes that others lack; all of them are stale now.
                 for page in std::mem::take(&mut layer.pending).into_keys() {
                     let page = PageKey { copy: *copy_id, layer: *layer_id, page };
@@ -361,11 +373,12 @@ impl StorageServer {
             forced.push((boot, copy));
         }
         for (_, _, group) in map.groups().filter(|(_, _, group)| group.settle == Settle::Over) {
-            let member = group.members.iter().find(|m| m.server == server && m.state != MemberState::Failed);
+            let all = on(Mutant::AllClearPending);
+            let member = group.members.iter().find(|m| m.server == server && (all || m.state != MemberState::Failed));
             let Some(member) = member else { continue };
-            let copy = known.copies.get_mut(&member.copy).filter(|copy| copy.boot == Some(member.boot));
-            if let Some(copy) = copy {
-                records.entry(member.boot).or_default().append(&mut end_of_settle(copy, &map));
+            let copy = known.copies.get_mut(&member.copy).filter(|copy| all || copy.boot == Some(member.boot));
+            if let Some((boot, copy)) = copy.and_then(|copy| Some((copy.boot?, copy))) {
+                records.entry(boot).or_default().append(&mut end_of_settle(copy, &map));
             }
         }
         for session in &map.sessions {
@@ -378,7 +391,7 @@ impl StorageServer {
         known.sessions.retain(|id, _| map.session(*id).is_some());
         known.map = Some(map);
         let blob = known.blob();
-        for records in records.values_mut() {
+        for records in records.values_mut().filter(|_| !on(Mutant::MapVolatile)) {
             records.push(Record::PutVolume { volume, blob: blob.clone() });
         }
         for (boot, copy) in forced {
@@ -466,7 +479,7 @@ fn next_stage(change: &Change) -> Stage {
         (_, Stage::Storing | Stage::Over) => Stage::Over,
         (Order::Fence(_), Stage::Draining) => Stage::Clearing,
         (Order::Fence(_), Stage::Clearing) => Stage::Marking,
-        (Order::Fence(fence), Stage::Marking) if fence.flush => Stage::Flushing,
+        (Order::Fence(fence), Stage::Marking) if fence.flush && !on(Mutant::FenceWithoutFlush) => Stage::Flushing,
         (Order::Fence(_), Stage::Marking | Stage::Flushing) => Stage::Promising,
         (Order::Fence(_), Stage::Promising) | (Order::Flush, _) => Stage::Over,
         (Order::Serve(_) | Order::Delete { .. } | Order::Put { .. }, _) => Stage::Storing,

@@ -9,6 +9,7 @@ use crate::control::{
 };
 use crate::ids::{BootId, CopyId, DeviceId, Generation, VolumeId};
 use crate::map::{Member, MemberState, Settle, VolumeMap};
+use crate::mutants::{Mutant, on};
 use crate::wire::HandleId;
 use std::collections::BTreeMap;
 
@@ -123,7 +124,8 @@ impl StorageServer {
     /// copy itself has none: its own report is the flush before the fence's answer (H12).
     fn to_settle(&self, copy: &Copy, name: &SettleName) -> u64 {
         let is_source = name.authoritative == copy.record.copy && Some(name.boot) == copy.boot;
-        if is_source || copy.settled == Some(*name) {
+        let settled = copy.settled == Some(*name) || on(Mutant::SettleNotNamed) && copy.settled.is_some();
+        if is_source || settled || on(Mutant::WrongAuthority) {
             return 0;
         }
         self.pulls.get(&copy.record.copy).map_or(u64::MAX, |pull| pull.settle_left(name))

@@ -10,6 +10,7 @@ use crate::ids::{BootId, Generation, SessionId, VolumeId};
 use crate::layer::{BLOCK_BYTES, PageKey};
 use crate::limits::{BEHIND_ASK_MEMBER_MS, SPACE_RESERVE_DIVISOR, WINDOW_BYTES, WINDOW_REQUESTS};
 use crate::map::AccessMode;
+use crate::mutants::{Mutant, on};
 use crate::wire::{Opener, Place, ReplyBody, RequestBody, RequestFrame, RequestHeader};
 use bytes::Bytes;
 use std::collections::BTreeMap;
@@ -76,7 +77,9 @@ impl StorageServer {
             map,
             promised: known.promised,
             superseded: handle.dead
-                || (matches!(handle.opener, Opener::Session { .. }) && handle.incarnation < highest),
+                || (matches!(handle.opener, Opener::Session { .. })
+                    && handle.incarnation < highest
+                    && !on(Mutant::IncarnationNotCompared)),
             highest,
             opener: handle.opener,
             generation: header.generation,
@@ -118,8 +121,9 @@ impl StorageServer {
         payload: Bytes,
     ) {
         let map = self.volumes[&volume].map.as_ref().expect("compared");
-        let mode = map.session(session).expect("compared").mode;
-        if mode == AccessMode::ReadOnly && body.changes_blocks() {
+        let mode = map.session(session).map(|s| s.mode);
+        assert!(mode.is_some() || on(Mutant::EndedGoesOn), "compared");
+        if mode == Some(AccessMode::ReadOnly) && body.changes_blocks() {
             return self.violation(to.conn, Violation::NotAllowed);
         }
         self.note_confirmed(volume, session, to.header.handle, to.header.confirmed);
@@ -250,6 +254,9 @@ impl StorageServer {
             Ok(boots) => {
                 let first = *boots.keys().next().expect("not empty");
                 let boots: Vec<BootId> = boots.into_keys().collect();
+                if on(Mutant::FlushWithoutDisk) {
+                    return self.answer(to.conn, &to.header, first, ReplyBody::Done, Bytes::new());
+                }
                 let exec = self.admit(Exec::flush(volume, first, to, boots.clone()));
                 for boot in boots {
                     self.medium(boot, Owner::Flush(exec), MediumOp::Flush);

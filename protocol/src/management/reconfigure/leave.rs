@@ -13,6 +13,7 @@ use super::LATE_OUT_MS;
 use crate::ids::ServerId;
 use crate::limits::{FENCE_FAIL_MS, FENCE_PATIENCE_MS, HEARTBEAT_MS};
 use crate::map::{Member, VolumeMap};
+use crate::mutants::{Mutant, on};
 use crate::time::Millis;
 
 /// Before a force goes on without servers, each was asked again: two heartbeats, milliseconds.
@@ -38,8 +39,9 @@ impl Volume {
         let tried = waited >= FENCE_PATIENCE_MS;
         // I8: nobody is forced aside who was not asked once more, by a heartbeat, since the person's word.
         let asked = change.proposal.purpose != Purpose::Force || waited >= FORCE_PATIENCE_MS;
-        let gone =
-            |id: &&ServerId| self.may_leave_out(world, **id) && asked && (tried || !world.servers.is_alive(**id));
+        let unfenced = on(Mutant::UnfencedLeftOut) && change.has_a_promise() && change.proposal.purpose.is_failure();
+        let silent = silent.filter(|id| tried || unfenced || !world.servers.is_alive(**id));
+        let gone = |id: &&ServerId| unfenced || self.may_leave_out(world, **id) && asked;
         let out: Vec<_> = silent.filter(gone).copied().collect();
         if out.is_empty() {
             return true;

@@ -1,0 +1,112 @@
+//! `mutants`: plays the simulator against deliberate protocol mistakes, one at a time. Each must be found by an oracle:
+//! a panic of the mutated place is none. The unmutated build must pass the same seeds.
+
+use clap::Parser;
+use lamina_e2e::sim::{self, Failure, Plan, Tell};
+use lamina_protocol::mutants::{Mutant, activate};
+use std::process::ExitCode;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+/// Those that die within few seeds: the list for CI.
+const SHORT: &[Mutant] = &[];
+
+/// Breaks Lamina's protocol on purpose, one rule at a time, and shows that the simulator's oracles see it.
+#[derive(Parser)]
+struct Arguments {
+    /// The first seed.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Seeds in which a mistake must be found.
+    #[arg(long, default_value_t = 500)]
+    seeds: u64,
+    /// Only mistakes whose name contains this.
+    #[arg(long, default_value = "")]
+    only: String,
+    /// Only those that die within few seeds.
+    #[arg(long)]
+    short: bool,
+    /// Threads.
+    #[arg(long, default_value_t = 1)]
+    threads: usize,
+    /// Tells the shortest history in which the first one was found.
+    #[arg(long)]
+    tell: bool,
+}
+
+/// How one mistake fared.
+struct Fate {
+    mutant: Option<Mutant>,
+    found: Option<(u64, Failure)>,
+    panics: u64,
+    seconds: f64,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    sim::quiet_panics();
+    let listed = |m: &&Mutant| format!("{m:?}").contains(&arguments.only) && (!arguments.short || SHORT.contains(m));
+    let mutants = Mutant::ALL.iter().filter(listed).map(|m| Some(*m));
+    let all: Vec<Option<Mutant>> = mutants.chain([None]).collect();
+    let (next, fates) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    std::thread::scope(|scope| {
+        for _ in 0..arguments.threads.max(1) {
+            scope.spawn(|| {
+                while let Some(mutant) = all.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let fate = play(*mutant, &arguments);
+                    println!("{}", words(&fate, &arguments));
+                    fates.lock().expect("no thread panics with it").push(fate);
+                }
+            });
+        }
+    });
+    let fates = fates.into_inner().expect("no thread panics with it");
+    let survivors = fates.iter().filter(|f| f.mutant.is_some() && f.found.is_none()).count();
+    let sound = fates.iter().all(|f| f.mutant.is_some() || (f.found.is_none() && f.panics == 0));
+    println!(
+        "{} mistakes, {survivors} not found; the protocol itself is {}",
+        all.len() - 1,
+        if sound { "sound" } else { "NOT sound" }
+    );
+    if survivors == 0 && sound { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn play(mutant: Option<Mutant>, arguments: &Arguments) -> Fate {
+    let began = Instant::now();
+    activate(mutant);
+    let mut fate = Fate { mutant, found: None, panics: 0, seconds: 0.0 };
+    for seed in arguments.seed..arguments.seed + arguments.seeds {
+        let plan = Plan::of(seed);
+        match sim::run(&plan, Tell::Nothing).failure {
+            Some(failure) if failure.oracle == "panic" => fate.panics += 1,
+            Some(failure) => {
+                if arguments.tell {
+                    let short = sim::shrink(&plan, &failure, 300).0;
+                    println!("{:#?}\n{}", short.setup, sim::run(&short, Tell::History).history.join("\n"));
+                }
+                fate.found = Some((seed, failure));
+                break;
+            }
+            None => {}
+        }
+    }
+    fate.seconds = began.elapsed().as_secs_f64();
+    fate
+}
+
+fn words(fate: &Fate, arguments: &Arguments) -> String {
+    let name = fate.mutant.map_or("(none)".into(), |m| format!("{m:?}"));
+    let rule = fate.mutant.map_or("", Mutant::rule);
+    let panics = if fate.panics > 0 { format!(", {} runs ended in a panic", fate.panics) } else { String::new() };
+    let end = match &fate.found {
+        Some((seed, failure)) => {
+            let text: String = failure.text.chars().take(150).collect();
+            format!("found after {} seeds by {}: {text}", seed - arguments.seed + 1, failure.oracle)
+        }
+        None => {
+            format!("NOT found in {} seeds: {}", arguments.seeds, fate.mutant.map_or("as it should be", Mutant::words))
+        }
+    };
+    format!("{name:<24} {rule:<6} {:>5.1} s  {end}{panics}", fate.seconds)
+}
