@@ -82,6 +82,7 @@ pub enum OpenError {
 pub struct Volume {
     shared: Arc<Shared>,
     status: watch::Receiver<Status>,
+    thread: tokio::runtime::Handle,
 }
 
 /// What the volume's thread and its users share.
@@ -122,12 +123,19 @@ impl Volume {
             metrics: Metrics::default(),
         });
         let for_thread = shared.clone();
+        let handle = reactor.handle().clone();
         let thread = std::thread::Builder::new().name("lamina-volume".into());
         thread.spawn(move || {
             let set = tokio::task::LocalSet::new();
             set.block_on(&reactor, core::run(options, for_thread, status_out));
         })?;
-        Ok(Self { shared, status })
+        Ok(Self { shared, status, thread: handle })
+    }
+
+    /// The volume's own thread, for the tasks of a front end: a request from there reaches the driver, and its answer
+    /// comes back, without a change of threads. They must not block; they end with the volume.
+    pub fn thread(&self) -> &tokio::runtime::Handle {
+        &self.thread
     }
 
     /// What it is doing; the receiver wakes at every change.

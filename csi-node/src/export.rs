@@ -18,6 +18,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
 
 /// Where to listen.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -123,30 +124,35 @@ async fn serve_volume(
     let ended = async move {
         let _ = status.wait_for(|status| status.ended).await;
     };
-    let serving = async {
-        match &options.listen {
-            Listen::Tcp(address) => {
-                let listener = tokio::net::TcpListener::bind(address).await.map_err(ExportError::Listen)?;
-                tracing::info!(%address, size = driver.size(), "serving NBD");
-                serve_tcp(listener, exports, Limits::default()).await;
-            }
-            Listen::Unix(path) => {
-                let listener = listen_on(path).map_err(ExportError::Listen)?;
-                tracing::info!(path = %path.display(), size = driver.size(), "serving NBD");
-                serve_unix(listener, exports, Limits::default()).await;
-            }
-        }
-        Ok(())
-    };
+    // On the driver's thread: a request changes threads only towards the client and the servers.
+    let mut serving = JoinSet::new();
+    serving.spawn_on(listen(options.listen.clone(), exports, driver.size()), &driver.thread());
     tokio::select! {
-        result = serving => return result,
+        // It is gone without a word only with the driver's thread.
+        result = serving.join_next() => return result.and_then(Result::ok).unwrap_or(Err(ExportError::Ended)),
         () = ended => return Err(ExportError::Ended),
-        _ = shutdown.wait_for(|end| *end) => {}
+        _ = shutdown.wait_for(|end| *end) => serving.shutdown().await,
     }
     if let Listen::Unix(path) = &options.listen {
         let _ = std::fs::remove_file(path);
     }
     Ok(flush(&*driver).await?)
+}
+
+async fn listen(place: Listen, exports: Arc<Exports>, size: u64) -> Result<(), ExportError> {
+    match place {
+        Listen::Tcp(address) => {
+            let listener = tokio::net::TcpListener::bind(address).await.map_err(ExportError::Listen)?;
+            tracing::info!(%address, size, "serving NBD");
+            serve_tcp(listener, exports, Limits::default()).await;
+        }
+        Listen::Unix(path) => {
+            let listener = listen_on(&path).map_err(ExportError::Listen)?;
+            tracing::info!(path = %path.display(), size, "serving NBD");
+            serve_unix(listener, exports, Limits::default()).await;
+        }
+    }
+    Ok(())
 }
 
 /// A socket that a killed process left is replaced, one that somebody serves is not.

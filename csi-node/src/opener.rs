@@ -28,6 +28,10 @@ pub trait OpenVolume: BlockTarget {
     /// # Errors
     /// As [`Volume::written`]: nothing is known then.
     async fn written(&self) -> Result<Option<u64>, BlockError>;
+    /// Where tasks of a front end cost least: the driver's own thread if it has one, else the caller's runtime.
+    fn thread(&self) -> tokio::runtime::Handle {
+        tokio::runtime::Handle::current()
+    }
 }
 
 #[tonic::async_trait]
@@ -46,6 +50,10 @@ impl OpenVolume for Volume {
 
     async fn written(&self) -> Result<Option<u64>, BlockError> {
         Self::written(self).await
+    }
+
+    fn thread(&self) -> tokio::runtime::Handle {
+        Self::thread(self).clone()
     }
 }
 
