@@ -1,16 +1,71 @@
 //! Memory aligned for O_DIRECT: the only raw allocation of the store.
 //!
 //! Invariant: a buffer starts at a multiple of [`ALIGN`] and its allocation is a whole number of [`ALIGN`] bytes, so it
-//! can go to the kernel as it is. A payload read from a socket straight into an [`AlignedBuf`] and handed on as `Bytes`
-//! is written without a copy (data-path.md, Disk).
+//! can go to the kernel as it is; all of it was initialised once. Allocations of the usual sizes are kept for the next
+//! buffer, up to [`SPARE_BYTES`] in all: zeroes and page faults of fresh ones cost more than the transfer. A payload read
+//! from a socket straight into an [`AlignedBuf`] and handed on as `Bytes` is written without a copy (data-path.md, Disk).
 
 use bytes::Bytes;
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Every O_DIRECT address and length is a multiple of this many bytes.
 pub const ALIGN: usize = 4096;
+
+/// What is kept for the next buffers, at most.
+const SPARE_BYTES: usize = 8 << 20;
+/// Allocations up to this are kept; larger ones are rare.
+const MAX_SPARE: usize = 1 << 20;
+/// Sizes that are kept: 4 KiB, 8 KiB, and so on to [`MAX_SPARE`].
+const SIZES: usize = (MAX_SPARE / ALIGN).ilog2() as usize + 1;
+
+static SPARE: Mutex<Spare> = Mutex::new(Spare { by_size: [const { Vec::new() }; SIZES], bytes: 0 });
+
+/// Allocations that no buffer uses.
+struct Spare {
+    by_size: [Vec<Unused>; SIZES],
+    bytes: usize,
+}
+
+/// The start of an allocation that nobody else refers to.
+struct Unused(NonNull<u8>);
+
+// SAFETY: it is the only reference to its memory, which is not bound to a thread.
+unsafe impl Send for Unused {}
+
+impl Spare {
+    /// No code that can panic runs under this lock.
+    fn lock() -> MutexGuard<'static, Self> {
+        SPARE.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Which list allocations of this layout are in.
+    fn size(layout: Layout) -> Option<usize> {
+        (layout.size() <= MAX_SPARE).then(|| (layout.size() / ALIGN).ilog2() as usize)
+    }
+
+    fn take(layout: Layout) -> Option<NonNull<u8>> {
+        let size = Self::size(layout)?;
+        let mut spare = Self::lock();
+        let Unused(ptr) = spare.by_size[size].pop()?;
+        spare.bytes -= layout.size();
+        Some(ptr)
+    }
+
+    /// Whether it was kept.
+    fn keep(ptr: NonNull<u8>, layout: Layout) -> bool {
+        let Some(size) = Self::size(layout) else { return false };
+        let mut spare = Self::lock();
+        let fits = spare.bytes + layout.size() <= SPARE_BYTES;
+        if fits {
+            spare.bytes += layout.size();
+            spare.by_size[size].push(Unused(ptr));
+        }
+        fits
+    }
+}
 
 /// Owned bytes whose address is a multiple of [`ALIGN`].
 pub struct AlignedBuf {
@@ -24,24 +79,36 @@ unsafe impl Send for AlignedBuf {}
 unsafe impl Sync for AlignedBuf {}
 
 fn layout_of(len: usize) -> Layout {
-    let size = len.max(1).next_multiple_of(ALIGN);
+    let whole = len.max(1).next_multiple_of(ALIGN);
+    let size = if whole <= MAX_SPARE { whole.next_power_of_two() } else { whole };
     Layout::from_size_align(size, ALIGN).expect("a length far below isize::MAX")
 }
 
 impl AlignedBuf {
     /// `len` zero bytes. Aborts like every allocation when memory is out.
     pub fn zeroed(len: usize) -> Self {
+        let mut buf = Self::of_any(len);
+        buf.fill(0);
+        buf
+    }
+
+    /// `len` bytes of any content, for those who fill all of them before anybody reads one.
+    pub(crate) fn of_any(len: usize) -> Self {
         let layout = layout_of(len);
-        // SAFETY: the layout has a size above zero.
-        let raw = unsafe { alloc_zeroed(layout) };
-        let Some(ptr) = NonNull::new(raw) else { handle_alloc_error(layout) };
+        let ptr = Spare::take(layout).unwrap_or_else(|| {
+            // SAFETY: the layout has a size above zero.
+            let raw = unsafe { alloc_zeroed(layout) };
+            NonNull::new(raw).unwrap_or_else(|| handle_alloc_error(layout))
+        });
         Self { ptr, len }
     }
 
     /// A copy of these bytes, padded with zeroes to `len`.
     pub fn copy_of(bytes: &[u8], len: usize) -> Self {
-        let mut buf = Self::zeroed(len.max(bytes.len()));
-        buf[..bytes.len()].copy_from_slice(bytes);
+        let mut buf = Self::of_any(len.max(bytes.len()));
+        let (copy, padding) = buf.split_at_mut(bytes.len());
+        copy.copy_from_slice(bytes);
+        padding.fill(0);
         buf
     }
 
@@ -53,8 +120,11 @@ impl AlignedBuf {
 
 impl Drop for AlignedBuf {
     fn drop(&mut self) {
-        // SAFETY: allocated in `zeroed` with the layout of the same length, which never changes.
-        unsafe { dealloc(self.ptr.as_ptr(), layout_of(self.len)) }
+        let layout = layout_of(self.len);
+        if !Spare::keep(self.ptr, layout) {
+            // SAFETY: allocated in `of_any` with the layout of the same length, which never changes.
+            unsafe { dealloc(self.ptr.as_ptr(), layout) }
+        }
     }
 }
 
@@ -116,6 +186,28 @@ impl Payload {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_buffer_used_again_is_zeroes_and_copies_are_padded_whatever_it_held() {
+        for len in [1, 4096, 5000, 12288, 1 << 20, (1 << 20) + 1] {
+            for _ in 0..3 {
+                let mut buf = AlignedBuf::zeroed(len);
+                assert!(buf.len() == len && buf.iter().all(|byte| *byte == 0));
+                buf.fill(7);
+                drop(buf);
+                let mut copy = AlignedBuf::copy_of(&[5], len);
+                assert!(copy[0] == 5 && copy[1..].iter().all(|byte| *byte == 0));
+                copy.fill(9);
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_kept_for_later_is_bounded() {
+        let many: Vec<AlignedBuf> = (0..64).map(|_| AlignedBuf::zeroed(1 << 20)).collect();
+        drop(many);
+        assert!(Spare::lock().bytes <= SPARE_BYTES);
+    }
 
     #[test]
     fn an_aligned_payload_is_written_without_a_copy() {

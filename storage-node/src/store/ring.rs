@@ -111,7 +111,8 @@ impl Ring {
         let disk = types::Fd(self.disk.as_raw_fd());
         match kind {
             IoKind::Read { at, len } => {
-                let mut buf = AlignedBuf::zeroed(len);
+                // Handed on only when the kernel has filled all of it.
+                let mut buf = AlignedBuf::of_any(len);
                 (opcode::Read::new(disk, buf.as_mut_ptr(), len as u32).offset(at).build(), Held::Read(buf))
             }
             IoKind::Write { at, data } => {
