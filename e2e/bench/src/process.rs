@@ -1,6 +1,7 @@
 //! A program that the benchmark starts: its output, its CPU time and memory, and its end.
 //!
-//! Invariant: what is started here ends with its guard, also when the benchmark fails.
+//! Invariant: what is started here ends with its guard, also when the benchmark fails, and with this process, however
+//! it ends (`setpriv`, of every Debian, asks the kernel for that).
 
 use anyhow::{Context, Result, bail};
 use std::fs::File;
@@ -26,11 +27,13 @@ impl Program {
     ///
     /// # Errors
     /// The program is not there, or the folder cannot be written.
-    pub fn start(name: &str, folder: &Path, mut command: Command) -> Result<Self> {
+    pub fn start(name: &str, folder: &Path, command: Command) -> Result<Self> {
         let output = folder.join(format!("{name}.out"));
         let file = File::create(&output).with_context(|| output.display().to_string())?;
         let program = command.get_program().to_string_lossy().into_owned();
-        let command = command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
+        let mut guarded = Command::new("setpriv");
+        guarded.args(["--pdeathsig", "KILL", "--", &program]).args(command.get_args());
+        let command = guarded.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
         let child = command.spawn().with_context(|| format!("start {program}"))?;
         Ok(Self { name: name.to_owned(), child, output })
     }
