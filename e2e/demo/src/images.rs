@@ -60,7 +60,8 @@ pub fn programs_dir() -> PathBuf {
 }
 
 /// Builds the programs, with cargo's own progress on the terminal, unless `LAMINA_PROGRAMS` names a folder that has
-/// them.
+/// them. This program is among the packages, as in the Makefile: cargo unites the features of what it is asked for, and
+/// another choice of packages would compile their dependencies anew.
 ///
 /// # Errors
 /// cargo fails.
@@ -70,7 +71,8 @@ pub fn build_programs() -> Result<(), BuildError> {
         return Ok(());
     }
     let mut cargo = Command::new("cargo");
-    cargo.arg("build").args(PROGRAMS.iter().flat_map(|name| ["-p", name])).current_dir(source_tree());
+    let packages = PROGRAMS.into_iter().chain([env!("CARGO_PKG_NAME")]);
+    cargo.arg("build").args(packages.flat_map(|name| ["-p", name])).current_dir(source_tree());
     cargo.arg("--target-dir").arg(dir.parent().unwrap_or(&dir));
     if dir.ends_with("release") {
         cargo.arg("--release");
