@@ -93,6 +93,12 @@ pub fn pids(name: &str) -> Vec<i32> {
     found
 }
 
+/// Whether a cgroup of this name is anywhere.
+#[must_use]
+pub fn exists(name: &str) -> bool {
+    !tops(name).is_empty()
+}
+
 /// Memory that cgroup `name` holds, in bytes, page cache included; `None` where it is not accounted.
 #[must_use]
 pub fn memory_bytes(name: &str) -> Option<u64> {

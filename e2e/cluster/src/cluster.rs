@@ -145,18 +145,26 @@ impl Cluster {
         Ok(Self { layout: Layout { dir, slot: state.slot, nodes: state.nodes }, tools: Tools::find()? })
     }
 
-    /// Removes everything that the cluster of this state directory has made, also after a crash; no cluster is no error.
+    /// Removes everything that the cluster of this state directory has made, also after a crash, and looks that nothing of it is
+    /// left: processes, mounts, loop devices, namespaces, interfaces, cgroups, files. No cluster is no error.
     ///
     /// # Errors
     /// Something could not be removed; the rest is gone all the same.
     pub fn down(dir: &Path, progress: Progress<'_>) -> Result<(), ClusterError> {
-        let Ok(dir) = dir.canonicalize() else {
-            return Ok(());
+        // The folder may have been removed by hand: the claim still names it.
+        let there = dir.canonicalize();
+        let dir = match &there {
+            Ok(dir) => dir.clone(),
+            Err(_) => at(dir, std::path::absolute(dir))?,
         };
+        let held = slot::held_by(&dir)?;
+        if there.is_err() && held.is_none() {
+            return Ok(());
+        }
         let _alone = alone(&dir)?;
         // A state file that a crash left broken still leaves the claim, and nodes are found by their cgroups.
         let state = read_state(&dir).unwrap_or_default();
-        let Some(slot) = slot::held_by(&dir)?.or(state.map(|state| state.slot)) else {
+        let Some(slot) = held.or(state.map(|state| state.slot)) else {
             return Ok(());
         };
         step(progress, "removing the cluster", || down::remove(&dir, slot).map_err(ClusterError::Left))

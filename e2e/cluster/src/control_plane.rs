@@ -156,9 +156,9 @@ fn controller_manager(layout: &Layout) -> Vec<String> {
         ("bind-address", "127.0.0.1"),
         // Its usual place is a folder of the machine, which it would make.
         ("flex-volume-plugin-dir", &layout.place_dir(Place::ControlPlane).join("flex").display().to_string()),
-        // A node is NotReady 16 s after its last word (the kubelet renews every 3 s), not 50 s: the tests wait for it.
-        ("node-monitor-period", "2s"),
-        ("node-monitor-grace-period", "16s"),
+        // A node is NotReady 10 s after its last word (the kubelet renews every 2 s), not 50 s: the tests wait for it.
+        ("node-monitor-period", "1s"),
+        ("node-monitor-grace-period", "10s"),
     ])
 }
 

@@ -30,6 +30,7 @@ pub mod down;
 pub mod host;
 pub mod image;
 pub mod layout;
+pub mod left;
 pub mod loops;
 pub mod network;
 pub mod node;

@@ -72,11 +72,19 @@ fn add_namespace(layout: &Layout, place: Place, there: &[String]) -> Result<(), 
 pub fn remove(slot: u8) -> Result<(), HostError> {
     let interface = Layout { dir: "/".into(), slot, nodes: 0 }.host_interface();
     remove_link(&[], &interface)?;
-    let prefix = format!("lamina{slot}-");
-    for name in all_namespaces()?.iter().filter(|name| name.starts_with(&prefix)) {
-        run(&["ip", "netns", "del", name])?;
+    for name in namespaces_of(slot)? {
+        run(&["ip", "netns", "del", &name])?;
     }
     Ok(())
+}
+
+/// The network namespaces of a slot's cluster.
+///
+/// # Errors
+/// They cannot be listed.
+pub fn namespaces_of(slot: u8) -> Result<Vec<String>, HostError> {
+    let prefix = format!("lamina{slot}-");
+    Ok(all_namespaces()?.into_iter().filter(|name| name.starts_with(&prefix)).collect())
 }
 
 /// Cuts these nodes off from everyone else; among themselves they still talk. A node alone is cut off from all.

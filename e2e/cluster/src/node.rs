@@ -101,7 +101,7 @@ pub fn end_all(layout: &Layout, node: NodeId) -> Result<(), HostError> {
     let name = layout.name_of(Place::Node(node));
     let mut devices = loops::of_cgroup(&name)?;
     cgroup::kill_all(&name)?;
-    devices.extend(loops::on_files_below(&layout.node_disk(node))?);
+    devices.extend(loops::on_disk(&layout.node_disk(node))?);
     loops::detach(&devices)
 }
 
@@ -262,8 +262,8 @@ fn kubelet(layout: &Layout, node: NodeId) -> serde_json::Value {
         "imageGCLowThresholdPercent": 99,
         "resolvConf": "",
         "clusterDNS": [],
-        // Heard from every 3 s: the controller manager's grace period is set to match.
-        "nodeLeaseDurationSeconds": 12,
+        // Heard from every 2 s: the controller manager's grace period is set to match.
+        "nodeLeaseDurationSeconds": 8,
         "nodeStatusUpdateFrequency": "4s",
         "registerNode": true,
     })

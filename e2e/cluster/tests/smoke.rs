@@ -143,6 +143,7 @@ fn a_cluster_comes_up_serves_pods_and_leaves_nothing() {
         a_killed_node_comes_back(&cluster);
         a_second_up_changes_nothing(&cluster, &tools);
         a_device_and_a_mount_are_left_behind(&cluster);
+        everything_is_seen_by_the_look_for_leftovers(&cluster);
     }
     wait_until::<HostError>("the daemons to be gone", Duration::from_secs(5), || {
         Ok(daemons(&tools).len() <= busy_before)
@@ -214,6 +215,16 @@ fn a_device_and_a_mount_are_left_behind(cluster: &Cluster) {
                   dd if=/dev/zero of=/var/lib/kubelet/smoke/disk bs=1M count=1 && losetup -f /var/lib/kubelet/smoke/disk";
     cluster.kubectl(&["exec", "two", "--", "sh", "-c", script]).unwrap();
     assert!(run(&["losetup", "-l", "-n", "-O", "BACK-FILE"]).unwrap().contains("smoke/disk"));
+}
+
+/// The look that follows every removal is not blind: it names each kind of thing while the cluster is up.
+fn everything_is_seen_by_the_look_for_leftovers(cluster: &Cluster) {
+    let left = lamina_cluster::left::find(cluster.layout()).unwrap().join("\n");
+    for kind in
+        ["processes [", "the cgroup ", "the network namespace ", "the network interface ", "the process ", "files in "]
+    {
+        assert!(left.contains(kind), "{kind}: {left}");
+    }
 }
 
 /// From the pod on n2 to the pod on n1.
