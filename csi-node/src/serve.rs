@@ -102,7 +102,7 @@ pub async fn serve(options: Options, client: Client, shutdown: watch::Receiver<b
     let node = Node::new(Parts {
         objects: Arc::new(KubeObjects::new(client.clone())),
         opener: Arc::new(ClusterOpener { cluster: options.cluster, reports }),
-        host: Arc::new(LinuxHost::new(options.device, options.holder.clone())),
+        host: Arc::new(LinuxHost::new(options.device, options.holder.clone(), options.node.as_str())),
         records: Records::open(&directory)?,
         exit: Arc::new(|| std::process::exit(SUPERSEDED)),
         patience: Patience::default(),

@@ -20,17 +20,29 @@ use std::sync::Mutex;
 /// A device's readers take requests in turn: after this many of their answers, those that came before are handed on.
 const BARRIER_QUESTIONS: usize = 16;
 
+/// A file's name may have 255 bytes: a volume's handle, a dot, and this many of the node's name.
+const NODE_NAME_BYTES: usize = 200;
+
 /// This machine.
 pub struct LinuxHost {
     kind: DeviceKind,
+    node: String,
     holder: Option<PathBuf>,
     connection: Mutex<Option<HolderClient>>,
 }
 
 impl LinuxHost {
-    /// Devices of this kind, kept by the holder that listens at this path, if any.
-    pub fn new(kind: DeviceKind, holder: Option<PathBuf>) -> Self {
-        Self { kind, holder, connection: Mutex::new(None) }
+    /// Devices of this kind for this node, kept by the holder that listens at this path, if any.
+    pub fn new(kind: DeviceKind, holder: Option<PathBuf>, node: &str) -> Self {
+        // Node names are ASCII; of an over-long one the end differs.
+        let node = node.get(node.len().saturating_sub(NODE_NAME_BYTES)..).unwrap_or(node).to_owned();
+        Self { kind, node, holder, connection: Mutex::new(None) }
+    }
+
+    /// What a volume's device is called. Loop devices belong to the kernel, and where several nodes share one (kind, a
+    /// test), the device that a dead node left must be neither taken for this node's nor taken away by it.
+    fn named(&self, volume: &str) -> String {
+        format!("{volume}.{}", self.node)
     }
 
     /// One connection for the life of this process: its end is what frees the devices for a successor.
@@ -46,15 +58,19 @@ impl LinuxHost {
 
 impl Host for LinuxHost {
     fn attach(&self, spec: DeviceSpec) -> Result<Box<dyn Device>, DeviceError> {
+        let spec = DeviceSpec { volume: self.named(&spec.volume), ..spec };
         device::attach(self.kind, spec, self.holder()?.as_ref())
     }
 
     fn held(&self) -> Result<Vec<String>, DeviceError> {
-        Ok(self.holder()?.map(|holder| holder.list()).transpose()?.unwrap_or_default())
+        let all = self.holder()?.map(|holder| holder.list()).transpose()?.unwrap_or_default();
+        let own = format!(".{}", self.node);
+        Ok(all.iter().filter_map(|name| name.strip_suffix(&own)).map(str::to_owned).collect())
     }
 
     fn resume(&self, spec: DeviceSpec) -> Result<Box<dyn Device>, DeviceError> {
         let holder = self.holder()?.ok_or(DeviceError::Gone)?;
+        let spec = DeviceSpec { volume: self.named(&spec.volume), ..spec };
         let directory = spec.directory.clone();
         let device = device::resume(self.kind, spec, &holder)?;
         // The kernel queues what it gives back before anything that is asked now.
@@ -68,7 +84,7 @@ impl Host for LinuxHost {
     }
 
     fn clear(&self, volume: &str, directory: &Path) -> Result<(), DeviceError> {
-        device::clear(volume, directory, self.holder()?.as_ref())
+        device::clear(&self.named(volume), directory, self.holder()?.as_ref())
     }
 
     fn mount_at(&self, path: &Path) -> Result<Option<Mount>, HostError> {
@@ -210,6 +226,16 @@ fn split_flags(flags: &[String]) -> (MountFlags, String) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn two_nodes_of_one_kernel_give_a_volumes_devices_two_names() {
+        let name = |node: &str| LinuxHost::new(DeviceKind::Auto, None, node).named("0a");
+        assert_eq!(name("n1"), "0a.n1");
+        let long = "x".repeat(252);
+        assert_ne!(name(&(long.clone() + "1")), name(&(long.clone() + "2")));
+        let handle = "f".repeat(32);
+        assert!(LinuxHost::new(DeviceKind::Auto, None, &long).named(&handle).len() <= 255);
+    }
 
     #[test]
     fn options_of_the_kernel_become_bits_and_the_filesystems_own_stay_text() {

@@ -54,7 +54,7 @@ async fn serve(directory: &Path, holder: PathBuf) {
     let node = Node::new(Parts {
         objects: files.clone(),
         opener: files,
-        host: Arc::new(LinuxHost::new(DeviceKind::Auto, Some(holder))),
+        host: Arc::new(LinuxHost::new(DeviceKind::Auto, Some(holder), "n1")),
         records: Records::open(&directory.join("volumes")).unwrap(),
         exit: Arc::new(|| std::process::exit(3)),
         patience: Patience::default(),
