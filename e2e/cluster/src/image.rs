@@ -22,6 +22,8 @@ pub const PAUSE: &str = "lamina.dev/pause:1";
 pub const BUSYBOX: &str = "lamina.dev/busybox:1";
 /// PostgreSQL 15 with pgbench and `pg_amcheck`.
 pub const POSTGRES: &str = "lamina.dev/postgres:15";
+/// fio and a shell.
+pub const FIO: &str = "lamina.dev/fio:3";
 /// File system tools for storage programs.
 pub const STORAGE: &str = "lamina.dev/storage-tools:1";
 
@@ -271,6 +273,18 @@ pub fn storage_tools() -> Recipe {
         .without_debs(installing())
         // xfs_scrub and what runs it need these; we do not run it.
         .without_debs(["python3*", "libpython3*", "libicu*", "libsqlite3-*", "media-types"])
+        .with_env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+        .with_entrypoint(["/bin/sh"])
+}
+
+/// fio, which checks what it reads back, and busybox. Its plotting programs need python, which is left out.
+#[must_use]
+pub fn fio() -> Recipe {
+    Recipe::new(FIO)
+        .with_busybox()
+        .with_debs(["fio", "dash"])
+        .without_debs(installing())
+        .without_debs(["python3*", "libpython3*", "media-types", "debconf", "ca-certificates", "openssl"])
         .with_env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
         .with_entrypoint(["/bin/sh"])
 }

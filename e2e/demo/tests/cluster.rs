@@ -3,7 +3,8 @@
 //!
 //! Needs root, the programs of `e2e/cluster/build-tools.sh` and Lamina's own (built beside this test, or in
 //! `LAMINA_PROGRAMS`); a case that lacks something says so by name and counts as skipped. `LAMINA_TEST_CLUSTER` names
-//! the state directory of a cluster that is to be used and kept.
+//! the state directory of a cluster that is to be used and kept. The end is a guarantee too: the cluster is taken down
+//! while the last case's volumes may still be attached, and nothing of it is left on the machine.
 //!
 //!   cargo test -p lamina-demo --test cluster -- moves grows      only cases with these words in their names
 #![allow(clippy::unwrap_used)]
@@ -12,6 +13,18 @@
 mod chart;
 #[path = "cluster/checker.rs"]
 mod checker;
+#[path = "cluster/faults.rs"]
+mod faults;
+#[path = "cluster/load.rs"]
+mod load;
+#[path = "cluster/manifests.rs"]
+mod manifests;
+#[path = "cluster/old_node.rs"]
+mod old_node;
+#[path = "cluster/outages.rs"]
+mod outages;
+#[path = "cluster/sanity.rs"]
+mod sanity;
 #[path = "cluster/stage.rs"]
 mod stage;
 #[path = "cluster/volumes.rs"]
@@ -37,8 +50,30 @@ const CASES: &[Case] = &[
     Case("a_pod_uses_a_raw_block_device", Needs::Programs, volumes::block),
     Case("data_moves_with_the_pod_to_another_node", Needs::Programs, volumes::moves),
     Case("a_volume_written_by_hand_becomes_a_persistent_volume", Needs::Programs, volumes::by_hand),
-    Case("a_killed_node_plugin_costs_no_io_error", Needs::Programs, volumes::plugin_killed),
     Case("a_volume_in_use_is_not_deleted_and_then_frees_its_copies", Needs::Programs, volumes::deletion),
+    Case("ext4_grows_at_the_next_stage", Needs::Programs, volumes::ext4_grows_at_the_next_stage),
+    Case("csi_sanity_passes_whole", Needs::Programs, sanity::passes_whole),
+    Case(
+        "a_node_plugin_killed_or_replaced_with_another_image_costs_fio_no_error",
+        Needs::Programs,
+        outages::plugin_killed_and_replaced,
+    ),
+    Case("a_killed_leader_is_followed_by_one_that_heals", Needs::Programs, outages::leader_killed),
+    Case(
+        "a_volume_deleted_with_a_server_away_says_so_until_it_is_back",
+        Needs::Programs,
+        outages::deletion_with_a_server_away,
+    ),
+    Case(
+        "a_stopped_node_whose_pod_went_elsewhere_writes_not_one_byte_and_reads_nothing",
+        Needs::Programs,
+        old_node::stopped,
+    ),
+    Case(
+        "a_node_cut_off_with_a_storage_server_reads_nothing_after_its_lease_and_only_then_another_is_admitted",
+        Needs::Programs,
+        old_node::cut_off,
+    ),
 ];
 
 fn main() -> ExitCode {
@@ -53,10 +88,15 @@ fn main() -> ExitCode {
         Ok(stage) => stage,
         Err(reason) => return skip_all(&cases, &reason),
     };
-    println!("running {} tests", cases.len());
-    let failed = cases.iter().filter(|case| !passes(case, &mut stage)).count();
-    drop(stage);
-    result(cases.len() - failed, failed, CASES.len() - cases.len())
+    println!("running {} tests", cases.len() + 1);
+    let mut failed = cases.iter().filter(|case| !passes(case, &mut stage)).count();
+    let left = stage.end();
+    println!("test nothing_of_the_cluster_is_left ... {}", if left.is_ok() { "ok" } else { "FAILED" });
+    if let Err(left) = left {
+        println!("{left}");
+        failed += 1;
+    }
+    result(cases.len() + 1 - failed, failed, CASES.len() - cases.len())
 }
 
 /// Whether a case passes or is skipped by name.

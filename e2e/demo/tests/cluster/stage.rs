@@ -11,6 +11,8 @@ use lamina_demo::kube::{self, KubeError};
 use lamina_demo::objects::Pod;
 use lamina_demo::{images, install, run};
 
+use crate::manifests::{claim, pod, write_noise};
+
 /// Size of each node's file device.
 pub(crate) const DEVICE: &str = "2Gi";
 
@@ -109,6 +111,13 @@ impl Stage {
         .unwrap();
     }
 
+    /// Waits until all is as after the installation, for the cases that follow.
+    pub(crate) fn calm(&self) {
+        self.kubectl("wait --for=condition=Ready node --all --timeout=90s");
+        install::await_servers(&self.cluster, Duration::from_secs(180), &|line| println!("{line}")).unwrap();
+        install::await_rollout(&self.cluster).unwrap();
+    }
+
     /// What helps to see why a case failed.
     pub(crate) fn show(&self) {
         let looks = [
@@ -138,6 +147,30 @@ impl Stage {
                 println!("clearing up: {error}");
             }
         }
+    }
+}
+
+impl Stage {
+    /// Takes the cluster down if it was made here, with a pod that uses a volume: the worst case, as its device's server is
+    /// killed before its users are. Tells what is left of the cluster.
+    ///
+    /// # Errors
+    /// What is left, in words.
+    pub(crate) fn end(mut self) -> Result<(), String> {
+        if self.folder.is_none() {
+            return Ok(());
+        }
+        if self.installed {
+            let text = claim("last", "64Mi", "Filesystem", "lamina-demo") + &pod("last", "last", false, "");
+            self.cluster.apply(&text).unwrap();
+            self.await_pod("last", "");
+            write_noise(&self, "last");
+        }
+        let folder = self.folder.take();
+        let dir = self.cluster.dir().to_path_buf();
+        Cluster::down(&dir, &|line| println!("{line}")).map_err(|error| error.to_string())?;
+        drop(folder);
+        if dir.exists() { Err(format!("files in {}", dir.display())) } else { Ok(()) }
     }
 }
 

@@ -1,78 +1,12 @@
-//! Volumes in pods: filesystems, raw blocks, moves, growth, plugins killed, deletion.
+//! Volumes in pods: filesystems, raw blocks, moves, growth, deletion.
 
 use std::time::{Duration, Instant};
 
-use lamina_demo::kube::{self, NAMESPACE};
+use lamina_demo::kube;
 use serde_json::Value;
 
+use crate::manifests::{claim, class, noise, pod, write_noise};
 use crate::stage::Stage;
-
-/// A claim of the demo's class.
-fn claim(name: &str, size: &str, mode: &str, class: &str) -> String {
-    format!(
-        "apiVersion: v1
-kind: PersistentVolumeClaim
-metadata: {{name: {name}}}
-spec:
-  accessModes: [ReadWriteOnce]
-  volumeMode: {mode}
-  storageClassName: {class}
-  resources: {{requests: {{storage: {size}}}}}
----
-"
-    )
-}
-
-/// A pod with a shell that uses a claim at /data or as /dev/data; on `node` if that is not empty.
-fn pod(name: &str, claim: &str, device: bool, node: &str) -> String {
-    let place = if device {
-        "volumeDevices: [{name: data, devicePath: /dev/data}]"
-    } else {
-        "volumeMounts: [{name: data, mountPath: /data}]"
-    };
-    let select =
-        if node.is_empty() { String::new() } else { format!("  nodeSelector: {{kubernetes.io/hostname: {node}}}\n") };
-    format!(
-        "apiVersion: v1
-kind: Pod
-metadata: {{name: {name}}}
-spec:
-{select}  terminationGracePeriodSeconds: 1
-  containers:
-  - name: c
-    image: lamina.dev/busybox:1
-    imagePullPolicy: Never
-    command: [sleep, \"100000\"]
-    {place}
-  volumes: [{{name: data, persistentVolumeClaim: {{claimName: {claim}}}}}]
-"
-    )
-}
-
-/// A class of the demo's policy with another filesystem.
-fn class(stage: &Stage, name: &str, filesystem: &str) {
-    let text = format!(
-        "apiVersion: storage.k8s.io/v1
-kind: StorageClass
-metadata: {{name: {name}}}
-provisioner: csi.lamina.dev
-allowVolumeExpansion: true
-volumeBindingMode: WaitForFirstConsumer
-parameters: {{policy: demo, csi.storage.k8s.io/fstype: {filesystem}}}
-"
-    );
-    stage.cluster.apply(&text).unwrap();
-}
-
-/// Writes 24 MiB of noise, waits for the disk, and returns its sum.
-fn write_noise(stage: &Stage, pod: &str) -> String {
-    let script = "dd if=/dev/urandom of=/data/noise bs=1M count=24 conv=fsync 2>/dev/null && sha256sum < /data/noise";
-    stage.sh(pod, script).unwrap()
-}
-
-fn noise(stage: &Stage, pod: &str) -> String {
-    stage.sh(pod, "echo 3 > /proc/sys/vm/drop_caches 2>/dev/null; sha256sum < /data/noise").unwrap()
-}
 
 pub(crate) fn claim_waits(stage: &Stage) {
     stage.cluster.apply(&claim("waits", "64Mi", "Filesystem", "lamina-demo")).unwrap();
@@ -110,13 +44,38 @@ pub(crate) fn xfs_grows(stage: &Stage) {
     class(stage, "lamina-xfs", "xfs");
     filesystem(stage, "lamina-xfs", "xfs", "320Mi");
     let sum = noise(stage, "files");
-    let size = || stage.sh("files", "df -m /data | awk 'NR == 2 { print $2 }'").unwrap().trim().parse::<u64>().unwrap();
+    let size = || mebibytes(stage, "files");
     assert!(size() < 330, "{} MiB", size());
     let patch = r#"{"spec":{"resources":{"requests":{"storage":"512Mi"}}}}"#;
     stage.cluster.kubectl(&["patch", "pvc", "files", "--type=merge", "-p", patch]).unwrap();
     stage.await_that("the filesystem to be larger", 120, || size() > 400);
     assert_eq!(noise(stage, "files"), sum, "what was there stays");
     println!("skipped: a_pod_grows_ext4_online (needs CAP_SYS_RESOURCE, which this machine's root lacks)");
+}
+
+fn mebibytes(stage: &Stage, pod: &str) -> u64 {
+    stage.sh(pod, "df -m /data | awk 'NR == 2 { print $2 }'").unwrap().trim().parse().unwrap()
+}
+
+pub(crate) fn ext4_grows_at_the_next_stage(stage: &Stage) {
+    stage
+        .cluster
+        .apply(&(claim("grows", "64Mi", "Filesystem", "lamina-demo") + &pod("grows", "grows", false, "")))
+        .unwrap();
+    stage.await_pod("grows", "");
+    let sum = write_noise(stage, "grows");
+    assert!(mebibytes(stage, "grows") < 70);
+    let patch = r#"{"spec":{"resources":{"requests":{"storage":"160Mi"}}}}"#;
+    stage.cluster.kubectl(&["patch", "pvc", "grows", "--type=merge", "-p", patch]).unwrap();
+    stage.await_that("the volume to be larger", 60, || {
+        stage.kubectl("get pv -o jsonpath={.items[?(@.spec.claimRef.name=='grows')].spec.capacity.storage}") == "160Mi"
+    });
+    assert_eq!(noise(stage, "grows"), sum, "the pod goes on with what it has");
+    stage.kubectl("delete pod grows --now --wait=true");
+    stage.cluster.apply(&pod("grows", "grows", false, "")).unwrap();
+    stage.await_pod("grows", "");
+    assert!(mebibytes(stage, "grows") > 120, "{} MiB", mebibytes(stage, "grows"));
+    assert_eq!(noise(stage, "grows"), sum, "what was there stays");
 }
 
 pub(crate) fn block(stage: &Stage) {
@@ -168,48 +127,6 @@ pub(crate) fn by_hand(stage: &Stage) {
     stage.await_pod("by-hand", "");
     let sum = write_noise(stage, "by-hand");
     assert_eq!(noise(stage, "by-hand"), sum);
-}
-
-pub(crate) fn plugin_killed(stage: &Stage) {
-    let text = claim("plugin", "96Mi", "Filesystem", "lamina-demo") + &pod("plugin", "plugin", false, "n2");
-    stage.cluster.apply(&text).unwrap();
-    stage.await_pod("plugin", "");
-    // Writes with fsync and reads back past the cache, over and over, until told to stop; each round is a line.
-    let load = "cd /data; i=0; while [ ! -e /tmp/stop ]; do i=$((i + 1)); \
-                dd if=/dev/urandom of=/tmp/x bs=64k count=16 2>/dev/null || { echo load; exit 1; }; \
-                dd if=/tmp/x of=f$((i % 8)) bs=64k conv=fsync 2>/tmp/e || { cat /tmp/e; exit 1; }; \
-                dd if=f$((i % 8)) bs=64k iflag=direct 2>/tmp/e | cmp - /tmp/x || { cat /tmp/e; exit 1; }; \
-                echo $i; done; echo done";
-    let words = stage.cluster.kubectl_words(&["exec", "plugin", "--", "sh", "-c", load]);
-    let writer = std::process::Command::new(&words[0])
-        .args(&words[1..])
-        .stdout(std::process::Stdio::piped())
-        .stderr(std::process::Stdio::piped())
-        .spawn()
-        .unwrap();
-    std::thread::sleep(Duration::from_secs(3));
-    let plugin = || {
-        let all = kube::pods(&stage.cluster, NAMESPACE, "app.kubernetes.io/component=csi-node").unwrap();
-        all.into_iter().find(|pod| pod.spec.node_name == "n2" && pod.metadata.deletion_timestamp.is_none())
-    };
-    let old = plugin().unwrap();
-    let killed = stage.cluster.signal_pod(NAMESPACE, &old.metadata.name, "KILL").unwrap();
-    assert!(killed >= 1, "the node plugin had a process");
-    stage.await_that("the node plugin to be back", 90, || {
-        plugin().is_some_and(|pod| pod.is_ready() && pod.status.container_statuses[0].restart_count > 0)
-    });
-    std::thread::sleep(Duration::from_secs(3));
-    // Taken away by force, as when a node is out of hand.
-    stage.kubectl(&format!("-n lamina delete pod {} --force --grace-period=0", old.metadata.name));
-    stage.await_that("another pod of the node plugin", 90, || {
-        plugin().is_some_and(|pod| pod.is_ready() && pod.metadata.uid != old.metadata.uid)
-    });
-    std::thread::sleep(Duration::from_secs(3));
-    stage.sh("plugin", "touch /tmp/stop").unwrap();
-    let output = writer.wait_with_output().unwrap();
-    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success() && text.contains("done"), "{text}");
-    assert!(text.lines().count() > 5, "the load went on: {text}");
 }
 
 pub(crate) fn deletion(stage: &Stage) {
