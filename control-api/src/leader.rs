@@ -8,7 +8,7 @@ use crate::{MAX_LEADER_MESSAGE_BYTES, v1};
 use futures::Stream;
 use lamina_protocol::codec::encode;
 use lamina_protocol::control::DriverReport;
-use lamina_protocol::ids::VolumeId;
+use lamina_protocol::ids::{Generation, SessionId, VolumeId};
 use lamina_protocol::map::VolumeMap;
 use std::pin::Pin;
 use std::time::Duration;
@@ -22,6 +22,8 @@ use v1::leader_service_server::{LeaderService, LeaderServiceServer};
 pub const LEADER_KEY: &str = "lamina-leader";
 /// How long a connection may take to be made.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// How long a caller waits until a session is replaced: a settle may lie between.
+const REPLACE_PATIENCE: Duration = Duration::from_secs(45);
 
 /// What the operator answers with.
 pub trait Leader: Send + Sync + 'static {
@@ -29,6 +31,28 @@ pub trait Leader: Send + Sync + 'static {
     fn report(&self, report: DriverReport) -> Result<(), Refusal>;
     /// The committed maps of a volume; `None` in it = no map yet.
     fn maps(&self, volume: VolumeId) -> Result<watch::Receiver<Option<VolumeMap>>, Refusal>;
+    /// Replaces the session of a node's attachment by a new one; answers when that is admitted (PROTOCOL.md R10).
+    fn replace_session(&self, asked: Replace) -> impl Future<Output = Result<Replaced, Refusal>> + Send;
+}
+
+/// A node cannot use the session of its attachment again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Replace {
+    /// Of which volume.
+    pub volume: VolumeId,
+    /// The session that it has.
+    pub session: SessionId,
+    /// Name of the node.
+    pub node: String,
+}
+
+/// What took a session's place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Replaced {
+    /// It.
+    pub session: SessionId,
+    /// Of a committed map that admits it.
+    pub generation: Generation,
 }
 
 /// Why the operator does not answer.
@@ -46,6 +70,27 @@ pub enum Refusal {
     /// Too many reports wait. Say it again later.
     #[error("too many reports wait")]
     Busy,
+    /// The node holds no attachment with that session, now or before.
+    #[error("the volume is not attached to node {node} with that session: it must be attached anew")]
+    NotAttached {
+        /// The node that asked.
+        node: String,
+    },
+    /// Nobody is admitted to it any more.
+    #[error("the volume is being deleted")]
+    BeingDeleted,
+    /// The wish stands, and the new session is not admitted yet. Ask again.
+    #[error("the session is being replaced: {waits_for}")]
+    NotYet {
+        /// In plain words.
+        waits_for: String,
+    },
+    /// The volume's object could not be read or changed. Ask again.
+    #[error("the volume's object could not be changed: {why}")]
+    Object {
+        /// As its store says.
+        why: String,
+    },
 }
 
 impl From<Refusal> for Status {
@@ -54,6 +99,8 @@ impl From<Refusal> for Status {
             Refusal::NotLeader { .. } => Code::Unavailable,
             Refusal::NoVolume => Code::NotFound,
             Refusal::Busy => Code::ResourceExhausted,
+            Refusal::NotAttached { .. } | Refusal::BeingDeleted => Code::FailedPrecondition,
+            Refusal::NotYet { .. } | Refusal::Object { .. } => Code::Unavailable,
         };
         let mut status = Self::new(code, refusal.to_string());
         if let Refusal::NotLeader { leader: Some(leader) } = &refusal
@@ -85,6 +132,17 @@ impl<L: Leader> LeaderService for Service<L> {
     async fn report(&self, request: Request<v1::ReportRequest>) -> Result<Response<v1::ReportReply>, Status> {
         self.0.report(value_from("report", &request.into_inner().report)?)?;
         Ok(Response::new(v1::ReportReply {}))
+    }
+
+    async fn replace_session(
+        &self,
+        request: Request<v1::ReplaceSessionRequest>,
+    ) -> Result<Response<v1::ReplaceSessionReply>, Status> {
+        let v1::ReplaceSessionRequest { volume, session, node } = request.into_inner();
+        let volume = VolumeId(id_from("volume", &volume)?);
+        let session = SessionId(id_from("session", &session)?);
+        let Replaced { session, generation } = self.0.replace_session(Replace { volume, session, node }).await?;
+        Ok(Response::new(v1::ReplaceSessionReply { session: id_bytes(session.0), generation: generation.0 }))
     }
 
     async fn watch_map(&self, request: Request<v1::WatchMapRequest>) -> Result<Response<Maps>, Status> {
@@ -127,6 +185,12 @@ impl LeaderError {
         }
     }
 
+    /// Whether asking again is of no use: the node holds no such attachment, or the volume is going.
+    pub fn is_final(&self) -> bool {
+        let last = |status: &Status| matches!(status.code(), Code::FailedPrecondition | Code::NotFound);
+        matches!(self, Self::Answered(status) if last(status))
+    }
+
     /// Whether there is no such volume.
     pub fn no_volume(&self) -> bool {
         matches!(self, Self::Answered(status) if status.code() == Code::NotFound)
@@ -165,6 +229,19 @@ impl LeaderClient {
         request.set_timeout(PATIENCE);
         self.0.report(request).await?;
         Ok(())
+    }
+
+    /// Has the session of a node's attachment replaced.
+    ///
+    /// # Errors
+    /// [`LeaderError::is_final`]: it must be attached anew. Else ask again: the answer will be the same session.
+    pub async fn replace_session(&mut self, asked: &Replace) -> Result<Replaced, LeaderError> {
+        let Replace { volume, session, node } = asked;
+        let (volume, session) = (id_bytes(volume.0), id_bytes(session.0));
+        let mut request = Request::new(v1::ReplaceSessionRequest { volume, session, node: node.clone() });
+        request.set_timeout(REPLACE_PATIENCE);
+        let v1::ReplaceSessionReply { session, generation } = self.0.replace_session(request).await?.into_inner();
+        Ok(Replaced { session: SessionId(id_from("session", &session)?), generation: Generation(generation) })
     }
 
     /// The committed maps of a volume, from the present one on.

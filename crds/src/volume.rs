@@ -191,6 +191,11 @@ pub struct AttachmentWish {
     /// ReadWrite or ReadOnly.
     #[serde(default)]
     pub mode: AttachMode,
+    /// Sessions of this attachment that the node had replaced since (after a reboot, a lost device), oldest first: the
+    /// VolumeAttachment still names the first. Of a long list only the first and the last are kept.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 8))]
+    pub replaced: Vec<Id>,
 }
 
 /// What an attachment may do.

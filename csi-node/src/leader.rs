@@ -5,7 +5,7 @@
 
 use k8s_openapi::api::coordination::v1::Lease;
 use kube::{Api, Client, ResourceExt};
-use lamina_control_api::leader::{LeaderClient, LeaderError};
+use lamina_control_api::leader::{LeaderClient, LeaderError, Replace, Replaced};
 use lamina_protocol::control::DriverReport;
 use lamina_protocol::ids::VolumeId;
 use lamina_protocol::map::VolumeMap;
@@ -22,6 +22,7 @@ const AGAIN: Duration = Duration::from_secs(1);
 pub const MAX_REPORTS: usize = 64;
 
 /// Where the leader is found.
+#[derive(Clone)]
 pub enum Whereabouts {
     /// As the Lease of this namespace says.
     Lease(Box<Api<Lease>>),
@@ -105,6 +106,22 @@ async fn tell(leader: &mut Leader, report: &DriverReport) -> Result<(), Option<L
     Ok(())
 }
 
+/// Have a session replaced; `None` = nobody leads.
+///
+/// # Errors
+/// What the leader says.
+pub async fn replace(whereabouts: Whereabouts, asked: &Replace) -> Result<Replaced, Option<LeaderError>> {
+    let mut leader = Leader { whereabouts, client: None, hint: None };
+    let mut client = leader.client().await?;
+    match client.replace_session(asked).await {
+        Err(error) if error.leader().is_some() => {
+            leader.lost(&error);
+            Ok(leader.client().await?.replace_session(asked).await?)
+        }
+        other => Ok(other?),
+    }
+}
+
 /// Follow the committed maps of a volume by asking the leader, without Kubernetes. Ends when nobody listens.
 pub async fn follow(whereabouts: Whereabouts, volume: VolumeId, newest: watch::Sender<Option<VolumeMap>>) {
     let mut leader = Leader { whereabouts, client: None, hint: None };
@@ -170,6 +187,14 @@ mod tests {
             }
         }
 
+        async fn replace_session(&self, asked: Replace) -> Result<Replaced, Refusal> {
+            match self.heard {
+                Some(_) if asked.node == "n1" => Ok(Replaced { session: SessionId(9), generation: Generation(5) }),
+                Some(_) => Err(Refusal::NotAttached { node: asked.node }),
+                None => Err(Refusal::NotLeader { leader: self.leader.clone() }),
+            }
+        }
+
         fn maps(&self, _volume: VolumeId) -> Result<watch::Receiver<Option<VolumeMap>>, Refusal> {
             match self.heard {
                 Some(_) => Ok(self.maps.clone()),
@@ -226,6 +251,12 @@ mod tests {
         assert_eq!(hears.recv().await, Some(said));
         drop(reports);
         telling.await.unwrap();
+
+        let ask = |node: &str| Replace { volume: VolumeId(1), session: SessionId(2), node: node.into() };
+        let replaced = replace(Whereabouts::Fixed(other.to_string()), &ask("n1")).await.unwrap();
+        assert_eq!(replaced, Replaced { session: SessionId(9), generation: Generation(5) });
+        let refused = replace(Whereabouts::Fixed(other.to_string()), &ask("n2")).await.unwrap_err();
+        assert!(refused.unwrap().is_final());
 
         let (newest, mut seen) = watch::channel(None);
         let following = tokio::spawn(follow(Whereabouts::Fixed(other.to_string()), VolumeId(1), newest));

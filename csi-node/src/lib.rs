@@ -19,3 +19,4 @@ pub mod record;
 pub mod registration;
 pub mod serve;
 pub mod service;
+pub mod sessions;

@@ -16,6 +16,7 @@ use crate::host::Host;
 use crate::objects::{Followed, VolumeObjects};
 use crate::opener::{OpenVolume, Opener};
 use crate::record::{Record, Records};
+use crate::sessions::Sessions;
 use lamina_csi_api::name::VolumeHandle;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -59,6 +60,8 @@ pub struct Parts {
     pub objects: Arc<dyn VolumeObjects>,
     /// Drivers.
     pub opener: Arc<dyn Opener>,
+    /// New sessions for attachments.
+    pub sessions: Arc<dyn Sessions>,
     /// The machine.
     pub host: Arc<dyn Host>,
     /// What a successor must know.

@@ -42,6 +42,25 @@ pub struct Seen {
     pub filesystem: Option<Filesystem>,
     /// Sessions that were ended although wished for.
     pub ended: Vec<SessionId>,
+    /// The wishes to attach, of all nodes.
+    pub attachments: Vec<Attachment>,
+}
+
+/// A wish to attach.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Attachment {
+    /// Its session.
+    pub session: u128,
+    /// Those in whose place that one is, oldest first.
+    pub replaced: Vec<u128>,
+}
+
+impl Seen {
+    /// The attachment that was published with this session.
+    pub fn attachment(&self, published: u128) -> Option<&Attachment> {
+        let named = |a: &&Attachment| a.session == published || a.replaced.contains(&published);
+        self.attachments.iter().find(named)
+    }
 }
 
 /// The committed maps of a volume, followed until this is dropped.

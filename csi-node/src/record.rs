@@ -76,6 +76,9 @@ pub struct Record {
     format: u32,
     /// The session under which the driver works, 32 hexadecimal digits.
     session: String,
+    /// The session that the attachment was made with, if the one above took its place (R10).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    published: Option<String>,
     /// How far it is.
     pub standing: Standing,
     /// What consumers see.
@@ -87,15 +90,30 @@ pub struct Record {
 }
 
 impl Record {
-    /// A volume that is about to be opened.
-    pub fn opening(session: u128, kind: Kind) -> Self {
+    /// A volume that is about to be opened under a session of the attachment that was published with this one.
+    pub fn opening(session: u128, published: u128, kind: Kind) -> Self {
+        let published = (published != session).then(|| format!("{published:032x}"));
         let session = format!("{session:032x}");
-        Self { format: FORMAT, session, standing: Standing::Opening, kind, staged: None, targets: Vec::new() }
+        Self {
+            format: FORMAT,
+            session,
+            published,
+            standing: Standing::Opening,
+            kind,
+            staged: None,
+            targets: Vec::new(),
+        }
     }
 
     /// The session.
     pub fn session(&self) -> u128 {
         u128::from_str_radix(&self.session, 16).unwrap_or_default()
+    }
+
+    /// Whether a consumer that was given this session means this attachment.
+    pub fn is_of(&self, published: u128) -> bool {
+        let first = self.published.as_deref().and_then(|text| u128::from_str_radix(text, 16).ok());
+        self.session() == published || first == Some(published)
     }
 
     /// The target at this path.
@@ -236,7 +254,8 @@ mod tests {
     fn a_successor_reads_what_was_written_last() {
         let (_directory, records) = records();
         let volume = VolumeHandle::new(7);
-        let mut record = Record::opening(0xabc, Kind::Xfs);
+        let mut record = Record::opening(0xabc, 0xdef, Kind::Xfs);
+        assert!(record.is_of(0xabc) && record.is_of(0xdef) && !record.is_of(0));
         records.write(volume, &record).unwrap();
         record.standing = Standing::Attached;
         record.targets.push(Target { path: "/pods/x".into(), read_only: true });
@@ -256,7 +275,7 @@ mod tests {
     fn a_torn_or_foreign_file_is_never_taken_for_no_record() {
         let (_directory, records) = records();
         let volume = VolumeHandle::new(7);
-        records.write(volume, &Record::opening(1, Kind::Block)).unwrap();
+        records.write(volume, &Record::opening(1, 1, Kind::Block)).unwrap();
         let path = records.directory(volume).join(FILE);
         let whole = std::fs::read(&path).unwrap();
         for torn in [&whole[..whole.len() / 2], b"", b"{}"] {

@@ -14,6 +14,7 @@ use crate::opener::ClusterOpener;
 use crate::record::{RecordError, Records};
 use crate::registration;
 use crate::service::{About, MAX_CALLS, NodeService};
+use crate::sessions::AtLeader;
 use k8s_openapi::api::core::v1::Node as KubeNode;
 use kube::{Api, Client, ResourceExt};
 use lamina_csi_api::identity::{IdentityService, Readiness};
@@ -101,6 +102,10 @@ pub async fn serve(options: Options, client: Client, shutdown: watch::Receiver<b
     let directory = options.csi_endpoint.parent().map(|parent| parent.join("volumes")).unwrap_or_default();
     let node = Node::new(Parts {
         objects: Arc::new(KubeObjects::new(client.clone())),
+        sessions: Arc::new(AtLeader {
+            whereabouts: Whereabouts::lease(client.clone(), &options.namespace),
+            node: options.node.clone(),
+        }),
         opener: Arc::new(ClusterOpener { cluster: options.cluster, reports }),
         host: Arc::new(LinuxHost::new(options.device, options.holder.clone(), options.node.as_str())),
         records: Records::open(&directory)?,

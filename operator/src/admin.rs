@@ -222,7 +222,7 @@ impl Admin for Verbs {
         check_name(&node)?;
         let mode = if read_only { AttachMode::ReadOnly } else { AttachMode::ReadWrite };
         let session = Id::of((self.mint)());
-        let wish = AttachmentWish { node: node.clone(), session, mode };
+        let wish = AttachmentWish { node: node.clone(), session, mode, replaced: Vec::new() };
         self.wish(&name, move |volume| wish_to_attach(volume, wish)).await?;
         let at = |v: &Volume| {
             let attachments = v.status.iter().flat_map(|s| &s.attachments);

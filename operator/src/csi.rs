@@ -6,9 +6,11 @@
 //! may be repeated and run twice at once.
 
 use crate::csi::volumes::Volumes;
+use crate::replacement::Sessions;
 use lamina_csi_api::in_flight::InFlight;
 use lamina_csi_api::v1::controller_server::{Controller, ControllerServer};
 use lamina_csi_api::v1::{self, controller_service_capability as capability};
+use std::sync::Arc;
 use std::time::Duration;
 use tonic::{Request, Response, Status};
 
@@ -41,6 +43,14 @@ const CAPABILITIES: [capability::rpc::Type; 9] = [
 pub struct ControllerService {
     volumes: Volumes,
     in_flight: InFlight,
+}
+
+/// How long a replacement waits before its node asks again: below the node's own patience.
+const REPLACE_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Where sessions are replaced, with Kubernetes.
+pub fn sessions(client: kube::Client, mint: fn() -> u128) -> Arc<dyn Sessions> {
+    Arc::new(Volumes::new(client, mint, REPLACE_PATIENCE))
 }
 
 impl ControllerService {

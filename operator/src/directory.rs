@@ -32,6 +32,9 @@ use crate::translate;
 use files::{Files, Stored};
 
 pub mod files;
+mod replace;
+
+pub use replace::Replacing;
 
 /// Kept on a volume until nothing is left of it.
 pub const FINALIZER: &str = "lamina.dev/volume";

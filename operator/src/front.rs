@@ -5,22 +5,32 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use lamina_control_api::leader::{Leader, Refusal};
+use lamina_control_api::leader::{Leader, Refusal, Replace, Replaced};
 use lamina_protocol::control::DriverReport;
 use lamina_protocol::ids::VolumeId;
 use lamina_protocol::management::Input;
 use lamina_protocol::map::VolumeMap;
 use tokio::sync::{mpsc, watch};
 
+use crate::replacement::Sessions;
+
 /// The door; may be cloned.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Default)]
 pub struct Front(Arc<Mutex<Inside>>);
 
-#[derive(Debug, Default)]
+impl std::fmt::Debug for Front {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Front").field("leads", &self.inside().inputs.is_some()).finish_non_exhaustive()
+    }
+}
+
+#[derive(Default)]
 struct Inside {
     inputs: Option<mpsc::Sender<Input>>,
     maps: BTreeMap<VolumeId, watch::Sender<Option<VolumeMap>>>,
     leader: Option<String>,
+    /// Where sessions are replaced.
+    sessions: Option<Arc<dyn Sessions>>,
 }
 
 impl Front {
@@ -38,6 +48,11 @@ impl Front {
         let mut inside = self.inside();
         inside.inputs = None;
         inside.maps.clear();
+    }
+
+    /// Sessions are replaced there; before this is called none is.
+    pub fn replace_in(&self, sessions: Arc<dyn Sessions>) {
+        self.inside().sessions = Some(sessions);
     }
 
     /// Where the leader is.
@@ -77,5 +92,14 @@ impl Leader for Front {
             return Err(Refusal::NotLeader { leader: inside.leader.clone() });
         }
         inside.maps.get(&volume).map(watch::Sender::subscribe).ok_or(Refusal::NoVolume)
+    }
+
+    async fn replace_session(&self, asked: Replace) -> Result<Replaced, Refusal> {
+        let sessions = {
+            let inside = self.inside();
+            let leads = inside.inputs.as_ref().and(inside.sessions.clone());
+            leads.ok_or_else(|| Refusal::NotLeader { leader: inside.leader.clone() })?
+        };
+        sessions.replace(&asked).await
     }
 }

@@ -9,13 +9,13 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Args;
-use lamina_operator::directory::Directory;
 use lamina_operator::directory::files::Files;
+use lamina_operator::directory::{Directory, Replacing};
 use lamina_operator::front::Front;
 use lamina_operator::metrics::Metrics;
 use lamina_operator::runtime::{self, Ended, FailPoint, Options};
 use lamina_operator::store::StoreError;
-use lamina_operator::{admin, kubernetes, mint};
+use lamina_operator::{admin, csi, kubernetes, mint};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_stream::wrappers::TcpListenerStream;
@@ -131,6 +131,7 @@ async fn over_directory(path: &Path, listener: TcpListener, wired: Wired) -> any
     println!("lamina-operator listens on {address}, cluster {cluster}");
     tracing::info!(%address, %cluster, directory = %path.display(), "serves");
     wired.metrics.leading.set(1);
+    wired.front.replace_in(Arc::new(Replacing::new(directory.clone(), mint)));
     let services = Routes::new(lamina_control_api::leader::Service::new(wired.front.clone()))
         .add_service(admin::Verbs::new(directory.clone(), mint).into_server());
     tokio::spawn(serve(listener, services, wired.stop.clone()));
@@ -167,6 +168,7 @@ async fn over_kubernetes(arguments: &Arguments, listener: TcpListener, wired: Wi
         namespace: arguments.pod_namespace.clone(),
         address: SocketAddr::new(arguments.pod_ip, listener.local_addr()?.port()).to_string(),
     };
+    wired.front.replace_in(csi::sessions(client.clone(), mint));
     let services = Routes::new(lamina_control_api::leader::Service::new(wired.front.clone()));
     tokio::spawn(serve(listener, services, wired.stop.clone()));
     if let Some(path) = &arguments.csi_endpoint {

@@ -27,6 +27,17 @@ impl Leader for Fake {
     fn maps(&self, volume: VolumeId) -> Result<watch::Receiver<Option<VolumeMap>>, Refusal> {
         if volume == VolumeId(7) { Ok(self.maps.clone()) } else { Err(Refusal::NoVolume) }
     }
+    async fn replace_session(&self, asked: Replace) -> Result<Replaced, Refusal> {
+        match asked {
+            Replace { volume: VolumeId(7), session: SessionId(1), node } if node == "n1" => {
+                Ok(Replaced { session: SessionId(2), generation: Generation(5) })
+            }
+            Replace { volume: VolumeId(7), session: SessionId(3), .. } => {
+                Err(Refusal::NotYet { waits_for: "a settle".into() })
+            }
+            Replace { node, .. } => Err(Refusal::NotAttached { node }),
+        }
+    }
 }
 
 fn map(generation: u64) -> VolumeMap {
@@ -62,6 +73,12 @@ async fn the_last_map_always_comes_and_a_replica_that_does_not_lead_names_the_le
     assert_eq!(watched.next().await.unwrap().unwrap(), map(1));
     (2..=9).for_each(|generation| committed.send(Some(map(generation))).unwrap());
     while watched.next().await.unwrap().unwrap() != map(9) {}
+
+    let ask = |session, node: &str| Replace { volume: VolumeId(7), session: SessionId(session), node: node.into() };
+    let replaced = client.replace_session(&ask(1, "n1")).await.unwrap();
+    assert_eq!(replaced, Replaced { session: SessionId(2), generation: Generation(5) });
+    assert!(client.replace_session(&ask(1, "n2")).await.unwrap_err().is_final());
+    assert!(!client.replace_session(&ask(3, "n1")).await.unwrap_err().is_final());
 
     let report = DriverReport {
         volume: VolumeId(7),

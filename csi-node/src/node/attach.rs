@@ -1,8 +1,10 @@
 //! From a session to a block device, and back.
 //!
 //! A session is opened `Fresh` once. After that it is resumed: with a device that the holder kept, or, where the record
-//! proves that no request of the kernel is unanswered, with nothing to give back. Where neither is so, writes that the
-//! kernel was never answered may lie on some copies only: the session cannot be used again (PROTOCOL.md R10).
+//! proves that no request of the kernel is unanswered, with nothing to give back. Where neither is so, or the session has
+//! ended, writes that the kernel was never answered may lie on some copies only: the leader replaces the session, and the
+//! attachment goes on with the new one (PROTOCOL.md R10). The VolumeAttachment still names the session that it was
+//! published with; object and record say which is in its place now.
 
 use super::{Entry, Node, NodeError, Open, blocking};
 use crate::device::{Device, DeviceSpec};
@@ -11,6 +13,7 @@ use crate::opener::{OpenVolume, Wish, flush};
 use crate::record::{Kind, Record, Standing};
 use lamina_client::block::BlockTarget;
 use lamina_client::runtime::Status;
+use lamina_control_api::leader::Replaced;
 use lamina_csi_api::name::VolumeHandle;
 use lamina_protocol::ids::{SessionId, VolumeId};
 use lamina_protocol::map::VolumeMap;
@@ -19,31 +22,86 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::watch;
 
+/// Under which session a volume is to be opened.
+#[derive(Clone, Copy)]
+struct Claim {
+    session: u128,
+    /// The one that the attachment was made with.
+    published: u128,
+    kind: Kind,
+    /// Nothing was opened under it before, as far as can be known without a record of it.
+    unused: bool,
+}
+
+/// A driver that serves, without a device yet.
+struct Opened {
+    record: Record,
+    leash: Arc<Leash>,
+    driver: Arc<dyn OpenVolume>,
+}
+
 impl Node {
-    /// Serve the volume under this session as a device; the entry that stands then.
+    /// Serve the volume as a device under the session of the attachment that was published with this one; the entry that
+    /// stands then.
     pub(super) async fn attach(
         self: &Arc<Self>,
         volume: VolumeHandle,
-        session: u128,
+        published: u128,
         generation: u64,
         kind: Kind,
     ) -> Result<Entry, NodeError> {
-        if self.parts.objects.find(volume).await?.is_none() {
-            return Err(NodeError::NoVolume);
-        }
+        let seen = self.parts.objects.find(volume).await?.ok_or(NodeError::NoVolume)?;
         let followed = self.parts.objects.follow(volume);
-        let map = self.admitted(&followed, session, generation).await?;
-        let start = self.start(volume, session, &map)?;
+        let attachment = seen.attachment(published);
+        // Without a wish of that name the map decides.
+        let session = attachment.map_or(published, |attachment| attachment.session);
+        let known = self.entry(volume).map(|entry| entry.record.session());
+        // Minted because this node asked, and noted here before anything is opened under it: so nothing was.
+        let unused = attachment.is_some_and(|a| known.is_some_and(|known| a.replaced.contains(&known)));
+        let claim = Claim { session, published, kind, unused: unused || session == published };
+        let opened = match self.open_session(volume, claim, generation, &followed).await {
+            Err(why @ (NodeError::SessionUsed | NodeError::Ended)) => {
+                tracing::info!(%volume, session = %SessionId(session), %why, "asks the leader for another session");
+                let Replaced { session, generation } = self.parts.sessions.replace(volume, session).await?;
+                let claim = Claim { session: session.0, published, kind, unused: true };
+                self.open_session(volume, claim, generation.0, &followed).await?
+            }
+            opened => opened?,
+        };
+        self.attach_device(volume, opened, followed).await
+    }
+
+    /// A driver that serves under this session, noted before it is opened.
+    async fn open_session(
+        &self,
+        volume: VolumeHandle,
+        claim: Claim,
+        generation: u64,
+        followed: &Followed,
+    ) -> Result<Opened, NodeError> {
+        let map = self.admitted(followed, claim.session, generation).await?;
+        let start = self.start(volume, claim, &map)?;
         self.clear(volume).await?;
-        let mut entry = Entry { record: Record::opening(session, kind), open: None };
-        self.keep(volume, entry.clone()).await?;
-        let (leash, driver) = self.open_driver(volume, session, start, &followed).await?;
+        let mut record = Record::opening(claim.session, claim.published, claim.kind);
+        self.keep(volume, Entry { record: record.clone(), open: None }).await?;
+        let (leash, driver) = self.open_driver(volume, claim.session, start, followed).await?;
         if start == Start::Resume {
             // Nothing is unanswered: nothing comes again.
             driver.replayed();
         }
-        entry.record.standing = Standing::Attached;
-        self.keep(volume, entry.clone()).await?;
+        record.standing = Standing::Attached;
+        self.keep(volume, Entry { record: record.clone(), open: None }).await?;
+        Ok(Opened { record, leash, driver })
+    }
+
+    async fn attach_device(
+        self: &Arc<Self>,
+        volume: VolumeHandle,
+        opened: Opened,
+        followed: Followed,
+    ) -> Result<Entry, NodeError> {
+        let Opened { record, leash, driver } = opened;
+        let mut entry = Entry { record, open: None };
         let spec = self.spec(volume, driver.clone());
         let host = self.host();
         match blocking(move || host.attach(spec)).await {
@@ -66,15 +124,15 @@ impl Node {
         }
     }
 
-    /// Fresh for a session of which nothing was opened here, Resume where nothing of it is unanswered.
-    fn start(&self, volume: VolumeHandle, session: u128, map: &VolumeMap) -> Result<Start, NodeError> {
-        let record = self.entry(volume).map(|entry| entry.record).filter(|record| record.session() == session);
+    /// Fresh for a session of which nothing was ever opened, Resume where nothing of it is unanswered.
+    fn start(&self, volume: VolumeHandle, claim: Claim, map: &VolumeMap) -> Result<Start, NodeError> {
+        let record = self.entry(volume).map(|entry| entry.record).filter(|record| record.session() == claim.session);
         match record.map(|record| record.standing) {
             Some(Standing::Opening | Standing::Closed) => Ok(Start::Resume),
             Some(Standing::Attached) => Err(NodeError::SessionUsed),
             None => {
-                let known = map.sessions.iter().find(|listed| listed.id.0 == session);
-                let used = known.is_some_and(|known| known.incarnation.0 > 0);
+                let listed = map.session(SessionId(claim.session));
+                let used = !claim.unused || listed.is_some_and(|listed| listed.incarnation.0 > 0);
                 if used { Err(NodeError::SessionUsed) } else { Ok(Start::Fresh) }
             }
         }
@@ -168,7 +226,8 @@ impl Node {
         if !ended {
             settled(&*open.driver).await?;
         }
-        entry.record.standing = Standing::Closed;
+        // What an ended session was asked may lie on some copies only: it is never resumed.
+        entry.record.standing = if ended { Standing::Attached } else { Standing::Closed };
         entry.open = None;
         self.keep(volume, entry).await
     }

@@ -4,6 +4,7 @@ use crate::device::DeviceError;
 use crate::host::HostError;
 use crate::objects::ObjectError;
 use crate::record::RecordError;
+use crate::sessions::SessionError;
 use lamina_client::runtime::OpenError;
 use tonic::Status;
 
@@ -28,12 +29,15 @@ pub enum NodeError {
     /// UNAVAILABLE: storage servers are away, or being settled.
     #[error("the volume's storage servers do not serve it yet")]
     NotServing,
-    /// FAILED_PRECONDITION: this session's unanswered writes are lost (R10).
+    /// UNAVAILABLE: this session's unanswered writes are lost, and another takes its place (R10).
     #[error(
-        "this attachment was in use before the node or its device holder went down: its session cannot be used again, \
-         delete the pod, so that the volume is attached anew"
+        "this attachment was in use before the node or its device holder went down: its session cannot be used again \
+         and is being replaced"
     )]
     SessionUsed,
+    /// UNAVAILABLE, or FAILED_PRECONDITION: a new attachment is needed.
+    #[error(transparent)]
+    Session(#[from] SessionError),
     /// ALREADY_EXISTS.
     #[error("the volume is staged or published in another way")]
     OtherUse,
@@ -109,11 +113,14 @@ impl From<NodeError> for Status {
         match error {
             E::NoVolume | E::NotHere | E::NotThere | E::Objects(ObjectError::Gone(_)) => Self::not_found(text),
             E::OtherUse => Self::already_exists(text),
-            E::NotAdmitted | E::NotServing | E::NotGrown | E::ShuttingDown | E::Objects(_) => Self::unavailable(text),
+            E::SessionUsed | E::NotAdmitted | E::NotServing | E::NotGrown | E::ShuttingDown | E::Objects(_) => {
+                Self::unavailable(text)
+            }
             E::Device(DeviceError::Holder(_)) => Self::unavailable(text),
             E::BeingTakenOver | E::Device(DeviceError::Busy) => Self::aborted(text),
-            E::Ended
-            | E::SessionUsed
+            E::Session(SessionError::NotYet(_) | SessionError::NobodyLeads) => Self::unavailable(text),
+            E::Session(SessionError::Refused(_))
+            | E::Ended
             | E::SecondTarget
             | E::StillPublished
             | E::NotStaged

@@ -49,12 +49,18 @@ impl Node {
         Ok(recoveries)
     }
 
-    async fn take_over_at_last(self: Arc<Self>, volume: VolumeHandle, record: Record, _place: Entered) {
+    async fn take_over_at_last(self: Arc<Self>, volume: VolumeHandle, record: Record, place: Entered) {
         loop {
             match self.take_over(volume, &record).await {
                 Ok(true) => return tracing::info!(%volume, "device taken over"),
-                Ok(false) => return tracing::warn!(%volume, "its device is gone: the volume must be attached anew"),
-                Err(NodeError::Ended) => return self.let_go(volume).await,
+                Ok(false) => {
+                    tracing::warn!(%volume, "its device is gone: the next stage has its session replaced");
+                    return self.forget_if_over(volume, record, place).await;
+                }
+                Err(NodeError::Ended) => {
+                    self.let_go(volume).await;
+                    return self.forget_if_over(volume, record, place).await;
+                }
                 Err(error) => tracing::warn!(%volume, %error, "device not taken over yet"),
             }
             // sleep: the holder or the servers are away, and nothing tells when they are back
@@ -62,10 +68,12 @@ impl Node {
         }
     }
 
-    /// The record of a session that no map lists any more says nothing that matters.
+    /// The record of a session that no map lists and no attachment names any more says nothing that matters.
     async fn forget_if_over(self: Arc<Self>, volume: VolumeHandle, record: Record, _place: Entered) {
         let over = match self.parts.objects.find(volume).await {
             Ok(None) => true,
+            // Of an attachment that stands, the record says what its next session is not.
+            Ok(Some(seen)) if seen.attachment(record.session()).is_some() => false,
             Ok(Some(seen)) => seen.map.is_some_and(|map| map.sessions.iter().all(|s| s.id.0 != record.session())),
             Err(_) => false,
         };

@@ -39,7 +39,7 @@ impl Node {
             None => self.forget_formatting(wish.volume).await?,
             Some(_) if self.shows(&wish.path, &device).await? => {}
             Some(filesystem) => {
-                self.ensure_filesystem(wish.volume, wish.session, filesystem, &open, &device).await?;
+                self.ensure_filesystem(wish.volume, entry.record.session(), filesystem, &open, &device).await?;
                 // Noted before it is mounted, so that a successor unmounts it.
                 entry.record.staged = Some(wish.path.clone());
                 self.keep(wish.volume, entry.clone()).await?;
@@ -62,11 +62,12 @@ impl Node {
     async fn attached(self: &Arc<Self>, wish: &StageWish) -> Result<Entry, NodeError> {
         if let Some(entry) = self.entry(wish.volume) {
             let ended = entry.open.as_ref().is_some_and(|open| open.driver.status().borrow().ended);
-            let same = entry.record.session() == wish.session;
+            let same = entry.record.is_of(wish.session);
             match (&entry.open, same) {
-                (Some(_), true) if ended => return Err(NodeError::Ended),
-                (Some(_), true) => return Ok(entry),
-                (Some(_), false) => self.abandon(wish.volume, entry).await?,
+                // Consumers are told by their I/O errors; another session comes when they are gone.
+                (Some(_), true) if ended && !entry.record.targets.is_empty() => return Err(NodeError::Ended),
+                (Some(_), true) if !ended => return Ok(entry),
+                (Some(_), _) => self.abandon(wish.volume, entry).await?,
                 (None, _) => self.unmount_all(&entry, true).await?,
             }
         }
@@ -75,7 +76,7 @@ impl Node {
 
     /// Give up a volume whose session is over, whoever still uses it.
     async fn abandon(&self, volume: VolumeHandle, mut entry: Entry) -> Result<(), NodeError> {
-        tracing::warn!(%volume, "an earlier attachment was never taken away: its users get I/O errors");
+        tracing::warn!(%volume, "an earlier session was never taken away: its users get I/O errors");
         if let Some(device) = entry.open.as_ref().and_then(|open| open.device.clone()) {
             blocking(move || device.force_detach()).await?;
         }

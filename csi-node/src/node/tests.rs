@@ -71,33 +71,118 @@ async fn a_session_that_was_left_cleanly_is_resumed_and_never_begun_anew() {
     assert_eq!(world.replays(), 1, "nothing was unanswered, and the driver is told so");
 }
 
-#[tokio::test]
-async fn a_session_whose_device_was_lost_is_never_used_again() {
-    let world = World::new(3, &[1]);
-    world.node().stage(&stage_wish(1, Kind::Ext4)).await.unwrap();
-    world.reboot();
+/// A process that has looked at what was here before.
+async fn recovered(world: &World) -> Arc<Node> {
     let node = world.node();
     let mut recoveries = Box::pin(node.recover(&InFlight::new(8))).await.unwrap();
     while recoveries.join_next().await.is_some() {}
-    let error = node.stage(&stage_wish(1, Kind::Ext4)).await.unwrap_err();
-    assert!(matches!(error, NodeError::SessionUsed), "{error}");
-    let error = node.publish(&publish_wish(1, Kind::Ext4, "/pods/a")).await.unwrap_err();
-    assert_eq!(code(error), Code::FailedPrecondition);
-    assert_eq!(world.opened(), [(1, Start::Fresh)]);
-    // The kubelet takes it away and attaches anew.
+    node
+}
+
+#[tokio::test]
+async fn a_reboot_costs_the_session_and_not_the_attachment() {
+    let world = World::new(3, &[1]);
+    let node = world.node();
+    node.stage(&stage_wish(1, Kind::Ext4)).await.unwrap();
+    node.publish(&publish_wish(1, Kind::Ext4, "/pods/a")).await.unwrap();
+    drop(node);
+    world.reboot();
+    let node = recovered(&world).await;
+    // The VolumeAttachment still names the first session, and the kubelet may believe it staged.
+    node.publish(&publish_wish(1, Kind::Ext4, "/pods/b")).await.unwrap();
+    assert_eq!(world.opened(), [(1, Start::Fresh), (101, Start::Fresh)], "never used again, another in its place");
+    assert_eq!(world.mounts(), ["/pods/b", "/staging"]);
+    let done = world.done();
+    for _ in 0..2 {
+        node.stage(&stage_wish(1, Kind::Ext4)).await.unwrap();
+        node.publish(&publish_wish(1, Kind::Ext4, "/pods/b")).await.unwrap();
+    }
+    assert_eq!((world.done(), world.replacements()), (done, vec![1]), "staged already");
+    node.unpublish(handle(), Path::new("/pods/b")).await.unwrap();
     node.unstage(handle()).await.unwrap();
-    world.admit(4, &[2]);
-    node.stage(&StageWish { generation: 4, ..stage_wish(2, Kind::Ext4) }).await.unwrap();
-    assert_eq!(world.opened(), [(1, Start::Fresh), (2, Start::Fresh)]);
+    node.stage(&stage_wish(1, Kind::Ext4)).await.unwrap();
+    assert_eq!(world.opened().last(), Some(&(101, Start::Resume)), "left cleanly: nothing is unanswered");
+    assert_eq!(world.replacements(), [1]);
+}
+
+#[tokio::test]
+async fn each_reboot_and_each_lost_holder_has_its_own_session() {
+    let world = World::new(3, &[1]);
+    world.node().stage(&stage_wish(1, Kind::Block)).await.unwrap();
+    for lose in [World::reboot, World::holder_dies, World::reboot] {
+        lose(&world);
+        recovered(&world).await.stage(&stage_wish(1, Kind::Block)).await.unwrap();
+    }
+    let fresh = [1, 101, 201, 301].map(|session| (session, Start::Fresh));
+    assert_eq!((world.opened(), world.replacements()), (fresh.to_vec(), vec![1, 101, 201]));
+}
+
+#[tokio::test]
+async fn a_reply_that_was_lost_costs_no_second_session() {
+    for restarts in [false, true] {
+        let world = World::new(3, &[1]);
+        world.node().stage(&stage_wish(1, Kind::Ext4)).await.unwrap();
+        world.reboot();
+        world.lose_replies(1);
+        let mut node = recovered(&world).await;
+        let error = node.stage(&stage_wish(1, Kind::Ext4)).await.unwrap_err();
+        assert_eq!(code(error), Code::Unavailable);
+        assert_eq!(world.opened(), [(1, Start::Fresh)]);
+        if restarts {
+            node = recovered(&world).await;
+        }
+        node.stage(&stage_wish(1, Kind::Ext4)).await.unwrap();
+        assert_eq!((world.opened(), world.replacements()), (vec![(1, Start::Fresh), (101, Start::Fresh)], vec![1]));
+    }
+}
+
+#[tokio::test]
+async fn a_replaced_session_whose_record_is_lost_is_replaced_again() {
+    let world = World::new(3, &[1]);
+    world.node().stage(&stage_wish(1, Kind::Ext4)).await.unwrap();
+    world.reboot();
+    recovered(&world).await.stage(&stage_wish(1, Kind::Ext4)).await.unwrap();
+    world.reboot();
+    world.lose_record();
+    // Nothing here says whether 101 was used: it must not be begun as if it were new.
+    recovered(&world).await.stage(&stage_wish(1, Kind::Ext4)).await.unwrap();
+    assert_eq!(world.opened(), [(1, Start::Fresh), (101, Start::Fresh), (201, Start::Fresh)]);
 }
 
 #[tokio::test]
 async fn a_session_that_the_map_knows_as_used_is_not_begun_anew_without_its_record() {
     let world = World::new(3, &[1]);
     world.incarnation(2);
-    let error = world.node().stage(&stage_wish(1, Kind::Block)).await.unwrap_err();
-    assert!(matches!(error, NodeError::SessionUsed), "{error}");
-    assert!(world.opened().is_empty());
+    world.node().stage(&stage_wish(1, Kind::Block)).await.unwrap();
+    assert_eq!((world.opened(), world.replacements()), (vec![(101, Start::Fresh)], vec![1]));
+}
+
+#[tokio::test]
+async fn an_attachment_that_was_taken_away_gets_no_session() {
+    let world = World::new(3, &[1]);
+    world.node().stage(&stage_wish(1, Kind::Ext4)).await.unwrap();
+    world.reboot();
+    world.admit(4, &[2]);
+    let node = recovered(&world).await;
+    let error = node.stage(&stage_wish(1, Kind::Ext4)).await.unwrap_err();
+    assert_eq!(code(error), Code::FailedPrecondition);
+    assert_eq!((world.opened(), world.replacements()), (vec![(1, Start::Fresh)], vec![]));
+    node.unstage(handle()).await.unwrap();
+    node.stage(&StageWish { generation: 4, ..stage_wish(2, Kind::Ext4) }).await.unwrap();
+    assert_eq!(world.opened(), [(1, Start::Fresh), (2, Start::Fresh)]);
+}
+
+#[tokio::test]
+async fn a_formatting_that_a_reboot_cut_short_is_begun_anew_under_the_next_session() {
+    let world = World::new(3, &[1]);
+    world.at("format ext4", |world| world.fail_once("format ext4"));
+    world.node().stage(&stage_wish(1, Kind::Ext4)).await.unwrap_err();
+    world.filesystem(Some(("ext4", FilesystemState::Formatting)), None, false);
+    world.reboot();
+    recovered(&world).await.stage(&stage_wish(1, Kind::Ext4)).await.unwrap();
+    assert_eq!(world.replacements(), [1]);
+    assert_eq!(world.noted(), Some(("ext4".to_owned(), FilesystemState::Formatted)));
+    assert_eq!(world.mounts(), ["/staging"]);
 }
 
 #[tokio::test]
@@ -135,18 +220,34 @@ async fn a_new_session_cuts_off_what_an_earlier_one_left() {
 }
 
 #[tokio::test]
-async fn an_ended_session_frees_its_users_and_is_refused() {
+async fn an_ended_session_frees_its_users_and_is_replaced_when_they_are_gone() {
+    for out_of_the_map in [false, true] {
+        an_ended_session_is_replaced(out_of_the_map).await;
+    }
+}
+
+async fn an_ended_session_is_replaced(out_of_the_map: bool) {
     let world = World::new(3, &[1]);
     let node = world.node();
     node.stage(&stage_wish(1, Kind::Ext4)).await.unwrap();
+    node.publish(&publish_wish(1, Kind::Ext4, "/pods/a")).await.unwrap();
     world.end_session();
     world.until(|world| world.done().contains(&"force_detach".to_owned())).await;
-    let error = node.stage(&stage_wish(1, Kind::Ext4)).await.unwrap_err();
-    assert!(matches!(error, NodeError::Ended), "{error}");
+    let error = node.publish(&publish_wish(1, Kind::Ext4, "/pods/b")).await.unwrap_err();
+    assert!(matches!(error, NodeError::Ended), "a consumer still has the old device: {error}");
     let (_, _, health) = node.stats(handle(), Path::new("/staging")).await.unwrap();
     assert!(health.abnormal, "{}", health.message);
+    assert!(world.replacements().is_empty());
+    node.unpublish(handle(), Path::new("/pods/a")).await.unwrap();
     node.unstage(handle()).await.unwrap();
     assert_eq!(world.mounts(), [""; 0]);
+    world.serves_again();
+    // Whether a map lists it still (a driver gave it up) or not: what it was asked may lie on some copies only.
+    if out_of_the_map {
+        world.commit_without_sessions();
+    }
+    node.stage(&stage_wish(1, Kind::Ext4)).await.unwrap();
+    assert_eq!((world.opened().last(), world.replacements()), (Some(&(101, Start::Fresh)), vec![1]));
 }
 
 #[tokio::test]

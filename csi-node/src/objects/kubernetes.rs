@@ -1,13 +1,14 @@
 //! The `Volume` objects of a cluster.
 
-use super::{Followed, ObjectError, Seen, VolumeObjects, may_note};
+use super::{Attachment, Followed, ObjectError, Seen, VolumeObjects, may_note};
 use futures::StreamExt;
 use kube::api::{Api, ListParams, Patch, PatchParams};
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, watcher};
 use kube::{Client, ResourceExt};
+use lamina_crds::id::Id;
 use lamina_crds::translate::committed_map;
-use lamina_crds::volume::{Filesystem, Volume};
+use lamina_crds::volume::{AttachmentWish, Filesystem, Volume};
 use lamina_csi_api::name::VolumeHandle;
 use lamina_protocol::ids::SessionId;
 use lamina_protocol::map::VolumeMap;
@@ -90,7 +91,13 @@ impl VolumeObjects for KubeObjects {
 fn seen(object: &Volume) -> Seen {
     let Some(status) = &object.status else { return Seen::default() };
     let ended = status.ended.iter().filter_map(|id| id.value().map(SessionId)).collect();
-    Seen { map: readable_map(object), filesystem: status.filesystem.clone(), ended }
+    let attachments = object.spec.attachments.iter().filter_map(attachment).collect();
+    Seen { map: readable_map(object), filesystem: status.filesystem.clone(), ended, attachments }
+}
+
+fn attachment(wish: &AttachmentWish) -> Option<Attachment> {
+    let replaced = wish.replaced.iter().filter_map(Id::value).collect();
+    Some(Attachment { session: wish.session.value()?, replaced })
 }
 
 fn readable_map(object: &Volume) -> Option<VolumeMap> {

@@ -2,6 +2,7 @@
 
 use lamina_client::block::{BlockError, BlockOp, BlockRequest, BlockResult, BlockTarget};
 use lamina_client::runtime::{Metrics, OpenError, Status};
+use lamina_control_api::leader::Replaced;
 use lamina_crds::volume::Filesystem;
 use lamina_csi_api::in_flight::InFlight;
 use lamina_csi_api::name::VolumeHandle;
@@ -15,6 +16,7 @@ use lamina_csi_node::objects::{Followed, ObjectError, Seen, VolumeObjects};
 use lamina_csi_node::opener::{OpenVolume, Opener, Wish};
 use lamina_csi_node::record::Records;
 use lamina_csi_node::service::{About, NodeService};
+use lamina_csi_node::sessions::{SessionError, Sessions};
 use lamina_protocol::ids::{Generation, Incarnation, SessionId, VolumeId};
 use lamina_protocol::map::{AccessMode, MAP_FORMAT, Session, Standing, VolumeMap};
 use std::fs::File;
@@ -53,7 +55,8 @@ async fn serve(directory: &Path, holder: PathBuf) {
     let files = Arc::new(Files { volume, directory: directory.to_owned() });
     let node = Node::new(Parts {
         objects: files.clone(),
-        opener: files,
+        opener: files.clone(),
+        sessions: files,
         host: Arc::new(LinuxHost::new(DeviceKind::Auto, Some(holder), "n1")),
         records: Records::open(&directory.join("volumes")).unwrap(),
         exit: Arc::new(|| std::process::exit(3)),
@@ -108,7 +111,7 @@ impl Files {
 #[tonic::async_trait]
 impl VolumeObjects for Files {
     async fn find(&self, volume: VolumeHandle) -> Result<Option<Seen>, ObjectError> {
-        let seen = Seen { map: Some(self.map()), filesystem: self.noted(), ended: Vec::new() };
+        let seen = Seen { map: Some(self.map()), filesystem: self.noted(), ..Seen::default() };
         Ok((volume == self.volume).then_some(seen))
     }
 
@@ -127,6 +130,13 @@ impl VolumeObjects for Files {
         }
         std::fs::write(self.directory.join("filesystem.json"), serde_json::to_vec(&now).unwrap()).unwrap();
         Ok(())
+    }
+}
+
+#[tonic::async_trait]
+impl Sessions for Files {
+    async fn replace(&self, _volume: VolumeHandle, _session: u128) -> Result<Replaced, SessionError> {
+        Err(SessionError::NobodyLeads)
     }
 }
 

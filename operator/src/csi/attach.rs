@@ -2,9 +2,11 @@
 
 use super::create::allows;
 use super::volumes::{Volumes, from_kube};
+use crate::replacement::{self, Sessions};
 use k8s_openapi::api::core::v1::Node;
 use kube::api::Api;
 use kube::{Resource, ResourceExt};
+use lamina_control_api::leader::{Refusal, Replace, Replaced};
 use lamina_crds::id::Id;
 use lamina_crds::volume::{AccessMode, AttachMode, AttachmentPhase, AttachmentWish, Volume};
 use lamina_csi_api::capability::VolumeUse;
@@ -56,7 +58,12 @@ impl Wanted {
             )));
         }
         let mut wishes = volume.spec.attachments.clone();
-        wishes.push(AttachmentWish { node: node.to_owned(), session: Id::of(session), mode: self.mode });
+        wishes.push(AttachmentWish {
+            node: node.to_owned(),
+            session: Id::of(session),
+            mode: self.mode,
+            replaced: Vec::new(),
+        });
         Ok(Some(wishes))
     }
 }
@@ -96,6 +103,38 @@ impl Volumes {
             other => other?,
         };
         self.wait(&volume.name_any(), "detaching", |v| v.is_none_or(|v| is_out(v, &leaves))).await.map(drop)
+    }
+}
+
+#[tonic::async_trait]
+impl Sessions for Volumes {
+    async fn replace(&self, asked: &Replace) -> Result<Replaced, Refusal> {
+        let handle = VolumeHandle::new(asked.volume.0);
+        let volume = self.must_find(handle).await.map_err(refused)?;
+        let fresh = (self.mint)();
+        // Looked at for itself first: a refusal is told as one.
+        if replacement::wishes(&volume, asked, fresh)?.is_some() {
+            let wished = self.wish(handle, |volume| {
+                let wishes = replacement::wishes(volume, asked, fresh);
+                let wishes = wishes.map_err(|refusal| Status::aborted(refusal.to_string()))?;
+                Ok(wishes.map(|attachments| json!({"attachments": attachments})))
+            });
+            wished.await.map_err(refused)?;
+        }
+        let settled = |v: Option<&Volume>| v.is_none_or(|v| replacement::outcome(v, asked).is_some());
+        match self.wait(&volume.name_any(), "replacing the session", settled).await {
+            Ok(None) => Err(Refusal::NoVolume),
+            Ok(Some(volume)) => replacement::outcome(&volume, asked)
+                .unwrap_or_else(|| Err(Refusal::NotYet { waits_for: replacement::waits_for(Some(&volume)) })),
+            Err(status) => Err(Refusal::NotYet { waits_for: status.message().to_owned() }),
+        }
+    }
+}
+
+fn refused(status: Status) -> Refusal {
+    match status.code() {
+        tonic::Code::NotFound => Refusal::NoVolume,
+        _ => Refusal::Object { why: status.message().to_owned() },
     }
 }
 

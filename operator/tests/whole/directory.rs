@@ -3,12 +3,12 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use lamina_control_api::leader::Leader as _;
+use lamina_control_api::leader::{Leader as _, Refusal, Replace};
 use lamina_operator::admin::{self, v1, v1::admin_server::Admin};
-use lamina_operator::directory::Directory;
+use lamina_operator::directory::{Directory, Replacing};
 use lamina_operator::runtime::{self, Ended, FailPoint};
 use lamina_operator::store::Store;
-use lamina_protocol::ids::{ClusterId, Generation, VolumeId};
+use lamina_protocol::ids::{ClusterId, Generation, SessionId, VolumeId};
 use lamina_protocol::management::{Guard, Status, Step, Written};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -35,6 +35,7 @@ impl Operator {
         let (directory, changes) = Directory::open(folder.path()).await.unwrap();
         let (options, stop) = options(CLUSTER, die_at);
         let (front, metrics) = (options.front.clone(), options.metrics.clone());
+        front.replace_in(Arc::new(Replacing::new(directory.clone(), lamina_operator::mint)));
         let task = tokio::spawn(runtime::run(options, Arc::new(directory.clone()), changes));
         Self {
             admin: admin::Verbs::new(directory.clone(), lamina_operator::mint),
@@ -151,6 +152,38 @@ async fn a_volume_in_use_is_not_deleted_and_says_where() {
         answer = deleting => panic!("it must wait: {answer:?}"),
         told = told => assert!(told.to_string().contains("worker-7"), "{told:#}"),
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn r10_a_node_has_its_session_replaced_once_however_often_it_asks() {
+    let folder = TempDir::new().unwrap();
+    let servers = Servers::start(CLUSTER, 2).await;
+    let operator = Operator::start(&folder, None).await;
+    operator.add(&servers).await;
+    operator.volume("v").await.unwrap();
+    let first = operator.attach("n").await.unwrap();
+    let volume: VolumeId = first.volume_id.parse().unwrap();
+    let session = first.session.parse().unwrap();
+    let ask = |session, node: &str| Replace { volume, session, node: node.to_owned() };
+    let asked = [ask(session, "n"), ask(session, "n"), ask(session, "n")];
+    let [a, b, c] = asked.map(|asked| operator.front.replace_session(asked));
+    let (a, b, c) = tokio::join!(a, b, c);
+    let new = a.unwrap();
+    assert_eq!((b.unwrap().session, c.unwrap().session), (new.session, new.session), "at once");
+    assert_ne!(new.session, session);
+    assert_eq!(operator.front.replace_session(ask(session, "n")).await.unwrap().session, new.session, "again");
+    let map = operator.front.maps(volume).unwrap().borrow().clone().unwrap();
+    assert_eq!(map.sessions.iter().map(|s| (s.id, s.node.as_str())).collect::<Vec<_>>(), [(new.session, "n")]);
+    for (other, node) in [(session, "m"), (new.session, "m"), (SessionId(77), "n")] {
+        let refused = operator.front.replace_session(ask(other, node)).await.unwrap_err();
+        assert!(matches!(refused, Refusal::NotAttached { .. }), "{refused}");
+    }
+    let third = operator.front.replace_session(ask(new.session, "n")).await.unwrap();
+    assert!(third.session != new.session && third.generation > new.generation);
+    operator.detach("n").await.unwrap();
+    let refused = operator.front.replace_session(ask(third.session, "n")).await.unwrap_err();
+    assert!(matches!(refused, Refusal::NotAttached { .. }), "the attachment is gone: {refused}");
+    assert_eq!(operator.stop().await, Ended::Stopped);
 }
 
 #[tokio::test(flavor = "multi_thread")]

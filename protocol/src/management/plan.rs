@@ -187,9 +187,11 @@ fn kept_sessions(old: &VolumeMap, goal: &Goal, answers: &BTreeMap<ServerId, Answ
     kept
 }
 
-/// The wishes that could be admitted beside the kept sessions: all on a shared volume, else one if there is none.
+/// The wishes that could be admitted beside the kept sessions: all on a shared volume, else one if there is none. A node
+/// whose session is replaced (R10) gets the new one only when the old one is out of the committed map before.
 fn joining<'a>(kept: &[Session], old: &VolumeMap, goal: &'a Goal) -> Vec<&'a SessionWish> {
     let new = goal.sessions.iter().filter(|wish| kept.iter().all(|s| s.id != wish.id));
+    let new = new.filter(|wish| old.sessions.iter().all(|s| s.node != wish.node));
     let most = if old.multi_session { MAX_SESSIONS } else { 1usize }.saturating_sub(kept.len());
     new.take(most).collect()
 }

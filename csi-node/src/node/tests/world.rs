@@ -4,12 +4,14 @@ use crate::device::mounts::Mount;
 use crate::device::{Device, DeviceError, DeviceKind, DeviceSpec};
 use crate::host::{Host, HostError, Usage};
 use crate::node::{Node, Parts, Patience};
-use crate::objects::{Followed, ObjectError, Seen, VolumeObjects, may_note};
+use crate::objects::{Attachment, Followed, ObjectError, Seen, VolumeObjects, may_note};
 use crate::opener::{OpenVolume, Opener, Wish};
 use crate::record::{Record, Records};
+use crate::sessions::{SessionError, Sessions};
 use lamina_client::block::{BlockError, BlockRequest, BlockTarget};
 use lamina_client::ram::RamVolume;
 use lamina_client::runtime::{Metrics, OpenError, Status};
+use lamina_control_api::leader::{LeaderError, Replaced};
 use lamina_crds::id::Id;
 use lamina_crds::volume::{Filesystem as Noted, FilesystemState};
 use lamina_csi_api::capability::Filesystem;
@@ -42,6 +44,9 @@ struct State {
     signature: Option<String>,
     blank: bool,
     servers_away: bool,
+    attachments: Vec<Attachment>,
+    replies_lost: usize,
+    replacements: Vec<u128>,
     noted: Option<Noted>,
     fail_once: Option<String>,
     /// Happens once, at this step.
@@ -89,6 +94,7 @@ impl World {
         Node::new(Parts {
             objects: Arc::new(self.clone()),
             opener: Arc::new(self.clone()),
+            sessions: Arc::new(self.clone()),
             host: Arc::new(self.clone()),
             records: self.records(),
             exit: Arc::new(|| panic!("nobody supersedes this process")),
@@ -96,7 +102,14 @@ impl World {
         })
     }
 
+    /// The wishes are these, and a map admits them.
     pub(super) fn admit(&self, generation: u64, sessions: &[u128]) {
+        let wish = |id: &u128| Attachment { session: *id, replaced: Vec::new() };
+        self.lock().attachments = sessions.iter().map(wish).collect();
+        self.commit(generation, sessions);
+    }
+
+    fn commit(&self, generation: u64, sessions: &[u128]) {
         let sessions = sessions.iter().map(|id| Session {
             id: SessionId(*id),
             node: "n1".into(),
@@ -189,6 +202,37 @@ impl World {
 
     pub(super) fn end_session(&self) {
         self.status.send_modify(|status| status.ended = true);
+    }
+
+    /// Drivers that are opened from now on serve.
+    pub(super) fn serves_again(&self) {
+        self.status.send_modify(|status| status.ended = false);
+    }
+
+    /// The wishes stand, but a map ends their sessions.
+    pub(super) fn commit_without_sessions(&self) {
+        let generation = self.maps.borrow().as_ref().unwrap().generation.next();
+        self.commit(generation.0, &[]);
+    }
+
+    /// The holder is gone, and the devices with it; what was mounted is dead.
+    pub(super) fn holder_dies(&self) {
+        let mut state = self.lock();
+        (state.attached, state.held) = (false, false);
+    }
+
+    /// The leader does what it is asked, and its next answers do not come through.
+    pub(super) fn lose_replies(&self, replies: usize) {
+        self.lock().replies_lost = replies;
+    }
+
+    /// The sessions that were replaced, in order.
+    pub(super) fn replacements(&self) -> Vec<u128> {
+        self.lock().replacements.clone()
+    }
+
+    pub(super) fn lose_record(&self) {
+        std::fs::remove_dir_all(self.directory.path().join(handle().to_string())).unwrap();
     }
 
     pub(super) fn grow(&self, size: u64) {
@@ -411,10 +455,41 @@ impl OpenVolume for Driver {
     }
 }
 
+/// As the leader answers.
+#[tonic::async_trait]
+impl Sessions for World {
+    async fn replace(&self, _volume: VolumeHandle, session: u128) -> Result<Replaced, SessionError> {
+        let generation = self.maps.borrow().as_ref().unwrap().generation.next();
+        let (present, replied) = {
+            let mut state = self.lock();
+            let named = |a: &&mut Attachment| a.session == session || a.replaced.contains(&session);
+            let Some(attachment) = state.attachments.iter_mut().find(named) else {
+                let refused = LeaderError::from(tonic::Status::failed_precondition("not attached"));
+                return Err(SessionError::Refused(refused));
+            };
+            if attachment.session == session {
+                attachment.replaced.push(session);
+                attachment.session += 100;
+                state.replacements.push(session);
+            }
+            let present = state.attachments.iter().map(|a| a.session).collect::<Vec<_>>();
+            let replied = state.replies_lost == 0;
+            state.replies_lost = state.replies_lost.saturating_sub(1);
+            (present, replied)
+        };
+        self.commit(generation.0, &present);
+        match present.last() {
+            Some(last) if replied => Ok(Replaced { session: SessionId(*last), generation }),
+            _ => Err(SessionError::NobodyLeads),
+        }
+    }
+}
+
 #[tonic::async_trait]
 impl VolumeObjects for World {
     async fn find(&self, volume: VolumeHandle) -> Result<Option<Seen>, ObjectError> {
-        let seen = Seen { map: self.maps.borrow().clone(), filesystem: self.lock().noted.clone(), ended: Vec::new() };
+        let seen = Seen { map: self.maps.borrow().clone(), filesystem: self.lock().noted.clone(), ..Seen::default() };
+        let seen = Seen { attachments: self.lock().attachments.clone(), ..seen };
         Ok((volume == handle()).then_some(seen))
     }
 

@@ -1,7 +1,7 @@
 //! Creation, sessions, failure, rejoin.
 
 use super::super::*;
-use super::fake::{Fake, V};
+use super::fake::{Fake, V, volume};
 use crate::control::Trouble;
 use crate::ids::*;
 use crate::map::*;
@@ -100,4 +100,96 @@ fn the_object_of_the_leader_is_the_stores() {
     fake.attach(1, "n1");
     fake.run(2_000);
     assert_eq!(fake.leader.volume(V), fake.object.as_ref());
+}
+
+/// The wish of a node gets another session, as the leader's service writes it (R10).
+fn replace(fake: &mut Fake, old: u128, new: u128) {
+    fake.wish(|wishes| {
+        let wish = wishes.sessions.iter_mut().find(|wish| wish.id == SessionId(old));
+        wish.expect("it is wished for").id = SessionId(new);
+    });
+}
+
+fn listed(map: &VolumeMap) -> Vec<u128> {
+    map.sessions.iter().map(|s| s.id.0).collect()
+}
+
+#[test]
+fn r10_a_replaced_session_is_out_of_one_generation_before_the_next_is_in() {
+    let mut fake = Fake::with_volume(3, 2, 1);
+    fake.attach(1, "n1");
+    fake.run(2_000);
+    let before = fake.history.len();
+    replace(&mut fake, 1, 2);
+    fake.run(3_000);
+    let lists: Vec<_> = fake.history[before..].iter().map(listed).collect();
+    assert_eq!(lists, [vec![], vec![2]], "one generation ends the old one, a later one admits the new");
+    let session = &fake.map().sessions[0];
+    assert_eq!((session.incarnation, session.handled), (Incarnation(0), fake.map().generation));
+    assert_eq!((session.standing, session.node.as_str()), (Standing::Admitted, "n1"));
+    assert!(fake.history.iter().all(|map| !map.settling()), "nothing was pending");
+    let ends = fake.server(1).fences.iter().rev().nth(1).unwrap();
+    assert!(ends.flush, "H11b: a fence that ends a session flushes");
+    assert!(fake.servers.values().filter_map(|s| s.map.as_ref()).all(|map| listed(map) == [2]), "all servers are told");
+    let generations = fake.history.len();
+    fake.run(600_000);
+    assert_eq!(fake.history.len(), generations, "once");
+}
+
+#[test]
+fn r10_what_a_replaced_session_left_is_settled_before_the_next_is_in() {
+    let mut fake = Fake::with_volume(3, 2, 1);
+    fake.attach(1, "n1");
+    fake.run(2_000);
+    for id in [1, 2] {
+        let copy = fake.server(id).copies.values_mut().next().unwrap();
+        copy.pending.push((SessionId(1), (Incarnation(1), 4)));
+    }
+    let before = fake.history.len();
+    replace(&mut fake, 1, 2);
+    fake.run(10_000);
+    let story: Vec<_> = fake.history[before..].iter().map(|map| (listed(map), map.settling())).collect();
+    assert_eq!(story[0], (vec![], true), "the end of the old session begins a settle");
+    assert!(story.iter().all(|(sessions, settles)| sessions.is_empty() || !settles), "{story:?}");
+    assert_eq!(story.last().unwrap(), &(vec![2], false));
+}
+
+#[test]
+fn r10_no_map_ever_lists_two_sessions_of_a_node_also_on_a_shared_volume() {
+    let mut fake = Fake::new(3);
+    let mut object = volume(2, 1);
+    object.wishes.multi_session = true;
+    fake.apply(object);
+    fake.run(3_000);
+    fake.attach(1, "n1");
+    fake.attach(2, "n2");
+    fake.run(3_000);
+    assert_eq!(listed(fake.map()), [1, 2]);
+    let before = fake.history.len();
+    replace(&mut fake, 1, 3);
+    fake.server(2).up = false;
+    fake.run(30_000);
+    let lists: Vec<_> = fake.history[before..].iter().map(listed).collect();
+    assert!(lists.iter().all(|list| !(list.contains(&1) && list.contains(&3))), "{lists:?}");
+    assert!(lists.iter().all(|list| list.contains(&2)), "the other node's goes on: {lists:?}");
+    assert_eq!(listed(fake.map()), [2, 3]);
+}
+
+#[test]
+fn r10_a_leader_that_dies_at_any_step_of_a_replacement_is_followed_by_one_that_finishes_it() {
+    for step in [Step::Intended, Step::Fenced, Step::Committed, Step::Served] {
+        let mut fake = Fake::with_volume(3, 2, 1);
+        fake.attach(1, "n1");
+        fake.run(2_000);
+        let before = fake.history.len();
+        fake.die_at = Some(step);
+        replace(&mut fake, 1, 2);
+        fake.run(20_000);
+        assert_eq!(fake.deaths, 1, "{step:?}");
+        let lists: Vec<_> = fake.history[before..].iter().map(listed).collect();
+        assert_eq!(lists.last().unwrap(), &vec![2], "{step:?}");
+        let first_new = lists.iter().position(|list| list == &vec![2]).unwrap();
+        assert!(lists[..first_new].contains(&vec![]), "{step:?}: {lists:?}");
+        assert!(lists[first_new..].iter().all(|list| list == &vec![2]), "{step:?}: {lists:?}");
+    }
 }
