@@ -265,7 +265,8 @@ pub struct VolumeStatus {
     /// The same in short, for kubectl get.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub summary: Option<VolumeSummary>,
-    /// What is so and why: Placed, Available, Healthy, Settled, Diverged, Deleting.
+    /// What is so and why: Placed, Available, Healthy, Settled, OutOfSpace, Diverged,
+    /// Deleting.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,

@@ -20,14 +20,14 @@ use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 use lamina_control_api::storage::ServerIdentity;
 use lamina_crds::translate as maps;
-use lamina_crds::{Id, StorageServer, Volume};
+use lamina_crds::{Id, ReplicationPolicy, StorageServer, Volume};
 use lamina_protocol::ids::VolumeId;
 use lamina_protocol::management::{Guard, Status, VolumeObject, Written};
 use tokio::sync::{mpsc, watch};
 
 use crate::index::Index;
 use crate::store::{Change, Notice, Store, StoreError};
-use crate::summary::{ServerDescription, VolumeDescription};
+use crate::summary::{PolicyDescription, ServerDescription, VolumeDescription, write_conditions};
 use crate::translate;
 use files::{Files, Stored};
 
@@ -297,11 +297,26 @@ impl Store for Directory {
                 status.last_transition = Some(Time(Timestamp::now()));
             }
             status.capacity_bytes = Some(i64::try_from(description.capacity_bytes).unwrap_or(i64::MAX));
+            status.used_bytes = Some(i64::try_from(description.used_bytes).unwrap_or(i64::MAX));
+            write_conditions(&description.conditions, &mut status.conditions, object.metadata.generation);
             status.provisioned_bytes = Some(i64::try_from(description.provisioned_bytes).unwrap_or(i64::MAX));
             status.copies = Some(description.copies);
             status.orphans.clone_from(&description.orphans);
             status.vetoes.clone_from(&description.vetoes);
             status.summary = Some(description.summary);
+            if *status == before { Verdict::Keep(()) } else { Verdict::Replace(()) }
+        });
+        done.await
+    }
+
+    async fn describe_policy(&self, name: &str, description: &PolicyDescription) -> Result<(), StoreError> {
+        let description = description.clone();
+        let done = self.change::<ReplicationPolicy, _>(name, move |object| {
+            let Some(object) = object.as_mut() else { return Verdict::Keep(()) };
+            let status = object.status.get_or_insert_default();
+            let before = status.clone();
+            status.volumes = i64::try_from(description.volumes).ok();
+            write_conditions(&description.conditions, &mut status.conditions, object.metadata.generation);
             if *status == before { Verdict::Keep(()) } else { Verdict::Replace(()) }
         });
         done.await

@@ -81,7 +81,10 @@ impl Index {
         if let Some(gone) = before.filter(|before| Some(*before) != id) {
             changes.extend(self.forget(gone, &name));
         }
-        self.volumes.insert(name.clone(), volume);
+        let policy = volume.spec.policy.clone();
+        if self.volumes.insert(name.clone(), volume).is_none() {
+            changes.extend(self.policy_told(&policy));
+        }
         if let Some(id) = id {
             let owner = self.names.entry(id).or_insert_with(|| name.clone());
             if *owner != name {
@@ -95,8 +98,9 @@ impl Index {
 
     /// The volume of that name is gone.
     pub fn delete_volume(&mut self, name: &str) -> Vec<Change> {
-        let volume = self.volumes.remove(name);
-        volume.as_ref().and_then(translate::id_of).and_then(|id| self.forget(id, name)).into_iter().collect()
+        let Some(volume) = self.volumes.remove(name) else { return Vec::new() };
+        let gone = translate::id_of(&volume).and_then(|id| self.forget(id, name));
+        gone.into_iter().chain(self.policy_told(&volume.spec.policy)).collect()
     }
 
     fn forget(&mut self, id: VolumeId, name: &str) -> Option<Change> {
@@ -112,13 +116,19 @@ impl Index {
     pub fn apply_policy(&mut self, policy: ReplicationPolicy) -> Vec<Change> {
         let name = policy.name_any();
         self.policies.insert(name.clone(), policy);
-        self.users_of(&name)
+        self.users_of(&name).into_iter().chain(self.policy_told(&name)).collect()
+    }
+
+    fn policy_told(&self, name: &str) -> Option<Change> {
+        let policy = translate::plain_policy(self.policies.get(name)?);
+        let volumes = self.volumes.values().filter(|v| v.spec.policy == name).count() as u64;
+        Some(Change::Policy { name: name.to_owned(), policy, volumes })
     }
 
     /// The policy of that name is gone.
     pub fn delete_policy(&mut self, name: &str) -> Vec<Change> {
         self.policies.remove(name);
-        self.users_of(name)
+        self.users_of(name).into_iter().chain([Change::PolicyGone(name.to_owned())]).collect()
     }
 
     fn users_of(&self, policy: &str) -> Vec<Change> {

@@ -229,6 +229,14 @@ impl Runtime {
             }
             Change::Server(known) => self.take_server(known),
             Change::ServerGone(name) => self.take_server_gone(&name),
+            Change::Policy { name, policy, volumes } => {
+                self.shown.policy(name, policy, volumes);
+                Ok(())
+            }
+            Change::PolicyGone(name) => {
+                self.shown.forget_policy(&name);
+                Ok(())
+            }
             Change::LeaseNumber(number) => self.take(Input::LeaseNumber(number)),
         }
     }
@@ -236,6 +244,7 @@ impl Runtime {
     fn take_server(&mut self, known: KnownServer) -> Result<(), Died> {
         let name = known.name.clone();
         let before = self.servers.insert(name.clone(), known.clone());
+        self.tell_devices(&known, before.as_ref());
         if let Some(gone) = before.filter(|b| b.id() != known.id() && !b.id().is_none()) {
             self.by_id.remove(&gone.id());
             self.take(Input::ServerGone { server: gone.id() })?;

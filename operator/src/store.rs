@@ -6,11 +6,12 @@
 //! [`ServerDescription`], [`Notice`]) decides nothing and may get lost.
 
 use lamina_control_api::storage::ServerIdentity;
+use lamina_crds::storage_server::DeviceState;
 use lamina_crds::translate::Unreadable;
 use lamina_protocol::ids::{ServerId, VolumeId};
-use lamina_protocol::management::{Guard, ServerObject, Status, VolumeObject, Written};
+use lamina_protocol::management::{Guard, Policy, ServerObject, Status, VolumeObject, Written};
 
-use crate::summary::{ServerDescription, VolumeDescription};
+use crate::summary::{PolicyDescription, ServerDescription, VolumeDescription};
 
 /// An object as the store has it.
 #[derive(Clone, Debug)]
@@ -25,6 +26,17 @@ pub enum Change {
     Server(KnownServer),
     /// The object of that name is gone.
     ServerGone(String),
+    /// A policy is new or changed, or the number of volumes that use it; `None` = it cannot be read.
+    Policy {
+        /// Its name.
+        name: String,
+        /// It.
+        policy: Option<Policy>,
+        /// Volumes that use it.
+        volumes: u64,
+    },
+    /// The policy of that name is gone.
+    PolicyGone(String),
     /// The Lease's number as read or written (R6).
     LeaseNumber(u64),
 }
@@ -36,8 +48,21 @@ pub struct KnownServer {
     pub name: String,
     /// `host:port` of its control service, tried in order.
     pub control: Vec<String>,
+    /// Its devices as it says itself; empty without Kubernetes.
+    pub devices: Vec<KnownDevice>,
     /// What the core knows of it; its id is none as long as it has no device.
     pub object: ServerObject,
+}
+
+/// A device of a server, as the server says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KnownDevice {
+    /// Its path.
+    pub path: String,
+    /// Whether it serves.
+    pub state: DeviceState,
+    /// Why it is so; empty = it need not be said.
+    pub reason: String,
 }
 
 impl KnownServer {
@@ -118,6 +143,8 @@ pub trait Store: Send + Sync + 'static {
     async fn describe_volume(&self, volume: VolumeId, description: &VolumeDescription) -> Result<(), StoreError>;
     /// Writes what people see of a server.
     async fn describe_server(&self, name: &str, description: &ServerDescription) -> Result<(), StoreError>;
+    /// Writes what people see of a policy.
+    async fn describe_policy(&self, name: &str, description: &PolicyDescription) -> Result<(), StoreError>;
     /// Tells people.
     async fn tell(&self, notice: &Notice) -> Result<(), StoreError>;
     /// Whether servers without a known id are to be dialled, because nobody else notes it.

@@ -1,4 +1,4 @@
-//! What people see of volumes and servers, made from what the leader knows: pure.
+//! What people see of volumes, servers and policies, made from what the leader knows: pure.
 //!
 //! Nothing decides by these but a waiting CSI call, which takes an attachment's phase; that phase follows from the
 //! committed map alone (PROTOCOL.md §2, Sessions).
@@ -9,17 +9,55 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 use lamina_crds::Id;
 use lamina_crds::condition::{self as api, set_condition};
-use lamina_crds::storage_server::{self as server_api, CopyCount, ServerState, ServerSummary};
 use lamina_crds::volume::progress::{CopyProgress, CopyWork, VolumeSummary};
 use lamina_crds::volume::{Attachment, AttachmentPhase, VolumeState, VolumeStatus};
 use lamina_protocol::control::CopyProgress as Progress;
 use lamina_protocol::ids::{CopyId, ServerId, VolumeId};
-use lamina_protocol::management::{
-    Condition, ConditionKind, Orphan, Reason, ServerHealth, ServerView, SessionState, VetoReason, VolumeObject,
-};
+use lamina_protocol::management::{Condition, ConditionKind, Reason, SessionState, VolumeObject};
 use lamina_protocol::map::{AccessMode, MemberState, Standing, VolumeMap};
 
 use crate::translate;
+
+mod policy;
+mod server;
+
+pub use policy::{PolicyDescription, of_policy};
+pub use server::{ServerDescription, of_server};
+
+/// A condition of a server or a policy as people see it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shown {
+    /// Its type.
+    pub kind: &'static str,
+    /// Whether it holds.
+    pub status: api::ConditionStatus,
+    /// Why, as one word.
+    pub reason: String,
+    /// Why, in plain words.
+    pub text: String,
+}
+
+impl Shown {
+    fn new(kind: &'static str, status: api::ConditionStatus, reason: &str, text: String) -> Self {
+        Self { kind, status, reason: reason.to_owned(), text: cut(text, 4096) }
+    }
+}
+
+/// Puts these conditions in place of those of their kinds; what else stands there goes.
+pub fn write_conditions(shown: &[Shown], into: &mut Vec<api::Condition>, observed: Option<i64>) {
+    into.retain(|condition| shown.iter().any(|s| s.kind == condition.kind));
+    for s in shown {
+        let next = api::Condition {
+            kind: s.kind.to_owned(),
+            status: s.status,
+            reason: s.reason.clone(),
+            message: s.text.clone(),
+            last_transition_time: Time(Timestamp::now()),
+            observed_generation: observed,
+        };
+        set_condition(into, next);
+    }
+}
 
 /// What is written of a volume for people.
 #[derive(Clone, Debug, PartialEq)]
@@ -62,25 +100,6 @@ fn shown_condition(condition: &Condition, observed: Option<i64>) -> api::Conditi
         last_transition_time: Time(Timestamp::now()),
         observed_generation: observed,
     }
-}
-
-/// What is written of a server for people.
-#[derive(Clone, Debug, PartialEq)]
-pub struct ServerDescription {
-    /// In one word.
-    pub state: ServerState,
-    /// Bytes of its open devices, as its heartbeats say.
-    pub capacity_bytes: u64,
-    /// Bytes promised to copies.
-    pub provisioned_bytes: u64,
-    /// Copies of committed maps.
-    pub copies: CopyCount,
-    /// Copies that no object names, 256 at most.
-    pub orphans: Vec<server_api::Orphan>,
-    /// Why copies cannot be taken away, 64 at most.
-    pub vetoes: Vec<server_api::Veto>,
-    /// In short; without devices and space, which the server itself knows.
-    pub summary: ServerSummary,
 }
 
 /// Names of what the core knows by ids.
@@ -139,6 +158,8 @@ fn state(object: &VolumeObject, conditions: &[Condition]) -> VolumeState {
         VolumeState::Pending
     } else if !holds(conditions, ConditionKind::Available) {
         VolumeState::Unavailable
+    } else if holds(conditions, ConditionKind::OutOfSpace) {
+        VolumeState::OutOfSpace
     } else if holds(conditions, ConditionKind::Healthy) {
         VolumeState::Healthy
     } else {
@@ -148,13 +169,13 @@ fn state(object: &VolumeObject, conditions: &[Condition]) -> VolumeState {
 
 /// The condition that a person should read first.
 fn trouble(conditions: &[Condition]) -> Option<&Condition> {
-    use ConditionKind::{Available, Deleting, Diverged, Healthy, Placed, Settled};
+    use ConditionKind::{Available, Deleting, Diverged, Healthy, OutOfSpace, Placed, Settled};
     let bad = |c: &&Condition| match c.kind {
-        Diverged | Deleting => c.holds,
+        Diverged | Deleting | OutOfSpace => c.holds,
         Placed => !c.holds || c.reason != Reason::AsWished,
         Available | Healthy | Settled => !c.holds,
     };
-    [Diverged, Deleting, Placed, Available, Healthy, Settled]
+    [Diverged, Deleting, Placed, Available, OutOfSpace, Healthy, Settled]
         .iter()
         .find_map(|kind| conditions.iter().filter(bad).find(|c| c.kind == *kind))
 }
@@ -306,85 +327,6 @@ fn duration(seconds: u64) -> String {
         0..60 => format!("{seconds}s"),
         60..3600 => format!("{}m{:02}s", seconds / 60, seconds % 60),
         _ => format!("{}h{:02}m", seconds / 3600, seconds % 3600 / 60),
-    }
-}
-
-/// What people see of a server. `filling`: (volume, percent) of each copy being filled there; `drain` as wished.
-pub fn of_server(
-    view: &ServerView,
-    orphans: &[Orphan],
-    filling: &[(VolumeId, i32)],
-    drain: bool,
-    names: &dyn Names,
-) -> ServerDescription {
-    let state = server_state(view, drain);
-    let filling_text = filling.iter().map(|(v, percent)| format!("{} {percent}%", names.volume(*v)));
-    let filling_text = filling_text.collect::<Vec<_>>().join(", ");
-    let doing = match state {
-        ServerState::Ready if filling.is_empty() => "serving".to_owned(),
-        ServerState::Ready => format!("fills {} copies", filling.len()),
-        other => format!("{other:?}").to_lowercase(),
-    };
-    ServerDescription {
-        state,
-        capacity_bytes: view.capacity_bytes,
-        provisioned_bytes: view.provisioned_bytes,
-        copies: CopyCount { serving: view.copies.0.into(), total: view.copies.1.into() },
-        orphans: orphans.iter().take(256).map(orphan).collect(),
-        vetoes: view.vetoes.iter().take(64).map(|veto| shown_veto(veto, names)).collect(),
-        summary: ServerSummary {
-            copies: Some(format!("{}/{}", view.copies.0, view.copies.1)),
-            doing: some(doing, 128),
-            filling: some(filling_text, 512),
-            message: server_message(view, orphans),
-            ..ServerSummary::default()
-        },
-    }
-}
-
-fn server_state(view: &ServerView, drain: bool) -> ServerState {
-    match view.health {
-        ServerHealth::Unknown => ServerState::Unknown,
-        ServerHealth::Suspected => ServerState::Suspected,
-        ServerHealth::Failed => ServerState::Failed,
-        ServerHealth::Foreign => ServerState::Foreign,
-        ServerHealth::Alive if view.leaving => ServerState::Leaving,
-        ServerHealth::Alive if drain && view.copies.1 == 0 => ServerState::Drained,
-        ServerHealth::Alive if drain => ServerState::Draining,
-        ServerHealth::Alive if view.capacity_bytes == 0 => ServerState::NoDevice,
-        ServerHealth::Alive => ServerState::Ready,
-    }
-}
-
-fn server_message(view: &ServerView, orphans: &[Orphan]) -> Option<String> {
-    match view.health {
-        ServerHealth::Failed => Some("does not answer; its copies are left out".to_owned()),
-        ServerHealth::Suspected => Some("silent together with many others".to_owned()),
-        ServerHealth::Foreign => Some("another server or another Lamina answers at its address".to_owned()),
-        _ if !view.vetoes.is_empty() => Some(format!("{} copies cannot leave: see status.vetoes", view.vetoes.len())),
-        _ if !orphans.is_empty() => Some(format!("{} copies that no Volume names: see status.orphans", orphans.len())),
-        _ => None,
-    }
-}
-
-fn orphan(orphan: &Orphan) -> server_api::Orphan {
-    server_api::Orphan {
-        copy: Id::of(orphan.copy.0),
-        volume: Id::of(orphan.volume.0),
-        stored: i64::try_from(orphan.stored.0).unwrap_or(i64::MAX),
-        volume_known: orphan.volume_known,
-    }
-}
-
-fn shown_veto(veto: &lamina_protocol::management::Veto, names: &dyn Names) -> server_api::Veto {
-    server_api::Veto {
-        copy: Id::of(veto.copy.0),
-        volume: names.volume(veto.volume),
-        reason: match veto.reason {
-            VetoReason::LastActiveCopy => server_api::VetoReason::LastActiveCopy,
-            VetoReason::NoRoomElsewhere => server_api::VetoReason::NoRoomElsewhere,
-            VetoReason::BeingMoved => server_api::VetoReason::BeingMoved,
-        },
     }
 }
 

@@ -13,7 +13,7 @@ use lamina_protocol::management::{
     Condition, ConditionKind, Force, Policy, ServerObject, SessionWish, Status, VolumeObject, Wishes, ZoneSpread,
 };
 
-use crate::store::KnownServer;
+use crate::store::{KnownDevice, KnownServer};
 
 /// What rules a volume whose policy is gone, beside its shape: as the policy's defaults.
 const DEFAULT_REBUILD_AFTER_MS: u64 = 600_000;
@@ -66,6 +66,11 @@ fn session_wish(wish: &AttachmentWish) -> Result<SessionWish, Unreadable> {
         node: wish.node.clone(),
         mode: maps::attach_wish_mode(wish.mode),
     })
+}
+
+/// A policy as a volume without a shape of its own would have it.
+pub fn plain_policy(policy: &ReplicationPolicy) -> Option<Policy> {
+    policy_of(None, Some(policy)).ok().flatten()
 }
 
 fn policy_of(shape: Option<&Shape>, policy: Option<&ReplicationPolicy>) -> Result<Option<Policy>, Unreadable> {
@@ -122,7 +127,13 @@ pub fn known_server(server: &StorageServer, node_zone: &str) -> Result<KnownServ
     let addresses = status.and_then(|s| s.addresses.as_ref());
     let zone = server.spec.zone.clone().filter(|zone| !zone.is_empty());
     let server_id = status.and_then(|s| s.server_id.as_ref());
+    let device = |d: &lamina_crds::storage_server::DeviceStatus| KnownDevice {
+        path: d.path.clone(),
+        state: d.state,
+        reason: d.reason.clone().unwrap_or_default(),
+    };
     Ok(KnownServer {
+        devices: status.map(|s| s.devices.iter().map(device).collect()).unwrap_or_default(),
         control: addresses.map(|a| a.control.clone()).unwrap_or_default(),
         object: ServerObject {
             id: server_id.map_or(Ok(ServerId::NONE), |text| id(ServerId, text, "status.serverId"))?,

@@ -9,6 +9,8 @@ mod kubernetes;
 mod medium;
 #[path = "whole/servers.rs"]
 mod servers;
+#[path = "whole/shown.rs"]
+mod shown;
 
 use std::time::Duration;
 

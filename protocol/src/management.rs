@@ -123,7 +123,7 @@ impl Leader {
             }
         }
         if std::mem::take(&mut self.view_due) {
-            self.view_servers(out);
+            self.view_servers(now, out);
         }
         let wake = self.wakes.values().copied().min().unwrap_or(Millis::NEVER);
         out.push(Output::WakeAt(wake.min(self.servers.next_beat()).max(now.after(1))));
@@ -246,7 +246,13 @@ impl Leader {
         let stored: Vec<_> = alive.copies.iter().map(|copy| (copy.volume, copy.stored)).collect();
         let before = self.servers.of(server).map(|s| s.alive.clone());
         let news = before.as_ref() != Some(&alive);
+        let full = heartbeat::full_devices(&alive.devices);
         self.servers.heard(now, call.sent, server, alive, foreign);
+        self.view_due |= self.servers.of(server).is_some_and(|s| s.has_used_news(now));
+        if full > before.map_or(0, |alive| heartbeat::full_devices(&alive.devices)) {
+            // Which copies lie on a device is asked for when it matters.
+            self.ask(now, server, What::Inventory, ControlRequest::Inventory, out);
+        }
         if foreign || !self.listed {
             return Concerned::Nobody;
         }
@@ -355,6 +361,7 @@ impl Leader {
             calls: &mut self.calls,
             mint: &mut *self.config.ids,
             rooms: &self.rooms,
+            inventories: &self.inventories,
             restored: self.lease.restored,
             out,
             wake: Millis::NEVER,

@@ -9,6 +9,7 @@ use crate::devices::DeviceView;
 use crate::health::Asker;
 use crate::serve::{Listed, ServeError};
 use futures::TryStreamExt;
+use k8s_openapi::api::core::v1::Node;
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client, ResourceExt};
@@ -22,6 +23,8 @@ mod shown;
 
 /// Under this name the fields of this program are kept.
 const FIELD_MANAGER: &str = "lamina-storage-node";
+/// Label of a Node with its zone.
+const ZONE: &str = "topology.kubernetes.io/zone";
 /// How often the space is looked at (in this process; written far less often).
 const LOOK: Duration = Duration::from_secs(5);
 /// After the API server did not take something.
@@ -47,31 +50,26 @@ pub(crate) async fn start(
     views: watch::Receiver<Vec<DeviceView>>,
 ) -> Result<(), ServeError> {
     let client = Client::try_default().await.map_err(|why| ServeError::Kubernetes(Box::new(why)))?;
-    let objects: Api<StorageServer> = Api::all(client);
+    let objects: Api<StorageServer> = Api::all(client.clone());
     let (there, is_there) = watch::channel(None);
-    tokio::spawn(follow(objects.clone(), own.node.clone(), own.cluster, listed, there));
+    let made = Made { objects: objects.clone(), nodes: Api::all(client), node: own.node.clone() };
+    tokio::spawn(follow(made, own.cluster, listed, there));
     tokio::spawn(tell(objects, own, asker, views, is_there));
     Ok(())
 }
 
 /// Makes the object when it is not there, and hands each change of its devices on. Ends with the server.
-async fn follow(
-    objects: Api<StorageServer>,
-    node: String,
-    cluster: ClusterId,
-    listed: mpsc::Sender<Listed>,
-    there: watch::Sender<Option<i64>>,
-) {
-    create(&objects, &node).await;
-    let config = watcher::Config::default().fields(&format!("metadata.name={node}"));
-    let mut events = pin!(watcher(objects.clone(), config).default_backoff());
+async fn follow(made: Made, cluster: ClusterId, listed: mpsc::Sender<Listed>, there: watch::Sender<Option<i64>>) {
+    made.create().await;
+    let config = watcher::Config::default().fields(&format!("metadata.name={}", made.node));
+    let mut events = pin!(watcher(made.objects.clone(), config).default_backoff());
     let mut last = None;
     loop {
         let object = match events.try_next().await {
             Ok(Some(watcher::Event::Apply(object) | watcher::Event::InitApply(object))) => object,
             Ok(Some(watcher::Event::Delete(_))) => {
                 // The devices are used on: what lies there is not forgotten with an object.
-                create(&objects, &node).await;
+                made.create().await;
                 continue;
             }
             Ok(Some(_)) => continue,
@@ -93,18 +91,41 @@ async fn follow(
     }
 }
 
-async fn create(objects: &Api<StorageServer>, node: &str) {
-    loop {
-        let spec = StorageServerSpec { schedulable: true, ..StorageServerSpec::default() };
-        let object = StorageServer::new(node, spec);
-        match objects.create(&PostParams::default(), &object).await {
-            Ok(_) => return tracing::info!(node, "made the StorageServer object, without devices"),
-            // Somebody made it before: people, chart values, or an earlier process.
-            Err(kube::Error::Api(status)) if status.code == 409 => return,
-            Err(why) => tracing::warn!("cannot make the StorageServer object: {why}"),
+/// Makes the object.
+struct Made {
+    objects: Api<StorageServer>,
+    nodes: Api<Node>,
+    node: String,
+}
+
+impl Made {
+    /// Without devices; its failure domain is that of the node, for people to change.
+    async fn create(&self) {
+        loop {
+            let zone = match self.zone().await {
+                Ok(zone) => zone,
+                Err(why) => {
+                    tracing::warn!("cannot read the Node's zone: {why}");
+                    None
+                }
+            };
+            let spec = StorageServerSpec { schedulable: true, zone, ..StorageServerSpec::default() };
+            let object = StorageServer::new(&self.node, spec);
+            match self.objects.create(&PostParams::default(), &object).await {
+                Ok(_) => return tracing::info!(node = self.node, "made the StorageServer object, without devices"),
+                // Somebody made it before: people, chart values, or an earlier process.
+                Err(kube::Error::Api(status)) if status.code == 409 => return,
+                Err(why) => tracing::warn!("cannot make the StorageServer object: {why}"),
+            }
+            // sleep: back-off after the API server refused.
+            tokio::time::sleep(PAUSE).await;
         }
-        // sleep: back-off after the API server refused.
-        tokio::time::sleep(PAUSE).await;
+    }
+
+    /// The zone of the Node, if it has one and the object may carry it.
+    async fn zone(&self) -> Result<Option<String>, kube::Error> {
+        let labels = self.nodes.get_opt(&self.node).await?.and_then(|node| node.metadata.labels);
+        Ok(labels.and_then(|labels| labels.get(ZONE).cloned()).filter(|zone| !zone.is_empty()))
     }
 }
 

@@ -5,6 +5,7 @@
 #[path = "serving/process.rs"]
 mod process;
 
+use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::runtime::wait::{Condition, await_condition, conditions};
@@ -50,12 +51,16 @@ async fn no_disk_is_touched_before_it_is_named_and_a_restart_keeps_the_id() {
     let Some(cluster) = lamina_test_apiserver::start_or_skip(test).await else { return };
     let client = cluster.client().await.unwrap();
     install(&client).await;
+    let zone = json!({"metadata": {"name": NODE, "labels": {"topology.kubernetes.io/zone": "rack-7"}}});
+    let nodes: Api<Node> = Api::all(client.clone());
+    nodes.create(&PostParams::default(), &serde_json::from_value(zone).unwrap()).await.unwrap();
     let servers: Api<StorageServer> = Api::all(client);
     let dir = tempfile::tempdir().unwrap();
     let server = Process::of_node(NODE, cluster.kubeconfig());
 
     let made = until(&servers, |o: Option<&StorageServer>| status(o).is_some_and(|s| s.addresses.is_some())).await;
     assert!(made.spec.devices.is_empty() && made.spec.schedulable, "made without devices");
+    assert_eq!(made.spec.zone.as_deref(), Some("rack-7"), "its failure domain is the node's");
     let shown = made.status.unwrap();
     assert_eq!(shown.addresses.unwrap().data, [server.block.to_string()]);
     assert!(shown.server_id.is_none() && shown.devices.is_empty());

@@ -12,11 +12,11 @@ use kube::api::{Api, Patch, PatchParams};
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Client, Resource, ResourceExt};
 use lamina_control_api::storage::ServerIdentity;
-use lamina_crds::condition::{Condition, ConditionStatus, set_condition};
-use lamina_crds::storage_server::{DeviceState, ServerState, StorageServerStatus};
+use lamina_crds::replication_policy::ReplicationPolicyStatus;
+use lamina_crds::storage_server::StorageServerStatus;
 use lamina_crds::translate as maps;
 use lamina_crds::volume::VolumeStatus;
-use lamina_crds::{StorageServer, Volume};
+use lamina_crds::{ReplicationPolicy, StorageServer, Volume};
 use lamina_protocol::ids::VolumeId;
 use lamina_protocol::management::{Guard, Status, VolumeObject, Written};
 use serde_json::json;
@@ -26,7 +26,7 @@ use super::{Replica, commit};
 use crate::directory::FINALIZER;
 use crate::index::Index;
 use crate::store::{Notice, Store, StoreError};
-use crate::summary::{ServerDescription, VolumeDescription, size};
+use crate::summary::{PolicyDescription, ServerDescription, VolumeDescription, write_conditions};
 use crate::translate;
 
 /// Field manager of commits.
@@ -40,6 +40,7 @@ const NOTE: usize = 1000;
 pub(super) struct Objects {
     volumes: Api<Volume>,
     servers: Api<StorageServer>,
+    policies: Api<ReplicationPolicy>,
     index: Arc<Mutex<Index>>,
     recorder: Recorder,
     raise: watch::Sender<u64>,
@@ -53,6 +54,7 @@ impl Objects {
         let store = Self {
             volumes: Api::all(client.clone()),
             servers: Api::all(client.clone()),
+            policies: Api::all(client.clone()),
             index: Arc::clone(&index),
             recorder: Recorder::new(client, reporter),
             raise,
@@ -193,6 +195,22 @@ impl Store for Objects {
         applied(self.servers.patch_status(name, &params, &Patch::Apply(object)).await.map(drop))
     }
 
+    async fn describe_policy(&self, name: &str, description: &PolicyDescription) -> Result<(), StoreError> {
+        let cached = self.index().policy(name).cloned();
+        let Some(cached) = cached else { return Err(StoreError::Gone) };
+        let observed = cached.metadata.generation;
+        let mut conditions = cached.status.clone().unwrap_or_default().conditions;
+        write_conditions(&description.conditions, &mut conditions, observed);
+        let volumes = i64::try_from(description.volumes).ok();
+        let status = ReplicationPolicyStatus { volumes, observed_generation: observed, conditions };
+        let object = json!({
+            "apiVersion": ReplicationPolicy::api_version(&()), "kind": ReplicationPolicy::kind(&()),
+            "metadata": {"name": name, "uid": cached.metadata.uid}, "status": status,
+        });
+        let params = PatchParams::apply(DESCRIBES).force();
+        applied(self.policies.patch_status(name, &params, &Patch::Apply(object)).await.map(drop))
+    }
+
     async fn tell(&self, notice: &Notice) -> Result<(), StoreError> {
         let (volume, server) = {
             let index = self.index();
@@ -232,11 +250,8 @@ fn server_status(cached: &StorageServer, description: &ServerDescription) -> Sto
     let before = cached.status.clone().unwrap_or_default();
     let now = || Time(Timestamp::now());
     let same = before.state == Some(description.state);
-    let mut summary = description.summary.clone();
-    summary.devices = devices(&before);
-    summary.used = used(&before);
-    let mut conditions: Vec<_> = before.conditions.into_iter().filter(|c| c.kind == "Ready").collect();
-    set_condition(&mut conditions, ready(description, cached.metadata.generation));
+    let mut conditions = before.conditions;
+    write_conditions(&description.conditions, &mut conditions, cached.metadata.generation);
     StorageServerStatus {
         state: Some(description.state),
         last_transition: before.last_transition.filter(|_| same).or_else(|| Some(now())),
@@ -244,31 +259,8 @@ fn server_status(cached: &StorageServer, description: &ServerDescription) -> Sto
         copies: Some(description.copies),
         orphans: description.orphans.clone(),
         vetoes: description.vetoes.clone(),
-        summary: Some(summary),
+        summary: Some(description.summary.clone()),
         conditions,
         ..StorageServerStatus::default()
     }
-}
-
-fn ready(description: &ServerDescription, observed: Option<i64>) -> Condition {
-    let text = || format!("the leader sees it as {:?}", description.state);
-    Condition {
-        kind: "Ready".to_owned(),
-        status: ConditionStatus::from(matches!(description.state, ServerState::Ready | ServerState::Draining)),
-        reason: format!("{:?}", description.state),
-        message: description.summary.message.clone().unwrap_or_else(text),
-        last_transition_time: Time(Timestamp::now()),
-        observed_generation: observed,
-    }
-}
-
-fn devices(status: &StorageServerStatus) -> Option<String> {
-    let ready = status.devices.iter().filter(|device| device.state == DeviceState::Ready).count();
-    (!status.devices.is_empty()).then(|| format!("{ready}/{}", status.devices.len()))
-}
-
-fn used(status: &StorageServerStatus) -> Option<String> {
-    let (used, all) = (status.used_bytes?.unsigned_abs(), status.capacity_bytes?.unsigned_abs());
-    let percent = used.saturating_mul(100).checked_div(all)?;
-    Some(format!("{}/{} ({percent}%)", size(used), size(all)))
 }

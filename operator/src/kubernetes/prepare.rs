@@ -8,10 +8,10 @@ use std::sync::{Mutex, PoisonError};
 
 use k8s_openapi::api::core::v1::{CSIPersistentVolumeSource, PersistentVolume, PersistentVolumeSpec};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
-use kube::api::{Api, ListParams, ObjectMeta, Patch, PatchParams, PostParams};
+use kube::api::{Api, DeleteParams, ListParams, ObjectMeta, Patch, PatchParams, PostParams, Preconditions};
 use kube::{Client, Resource, ResourceExt};
-use lamina_crds::Id;
 use lamina_crds::volume::{AccessMode, Volume};
+use lamina_crds::{Id, Size};
 use lamina_csi_api::DRIVER_NAME;
 use lamina_protocol::ids::VolumeId;
 use serde_json::{Value, json};
@@ -26,19 +26,50 @@ pub(super) const WANTS_PV: &str = "lamina.dev/persistent-volume";
 const FS_TYPE: &str = "lamina.dev/fs-type";
 /// Annotation beside it: Filesystem (if left out) or Block.
 const VOLUME_MODE: &str = "lamina.dev/volume-mode";
+/// Annotation beside it: what becomes of the Volume when the claim is deleted, Retain (if left out) or Delete.
+const RECLAIM: &str = "lamina.dev/reclaim-policy";
+/// Annotation of a PersistentVolume: the uid of the Volume that it was made for.
+const MADE_FOR: &str = "lamina.dev/made-for";
+/// Kubernetes' annotation of a PersistentVolume with the driver that may delete it.
+const PROVISIONED_BY: &str = "pv.kubernetes.io/provisioned-by";
 /// Field manager of what is done here.
 const FIELD_MANAGER: &str = "lamina-leader-prepare";
 /// Key in a PersistentVolume's volumeAttributes with the name of its Volume.
 const VOLUME_ATTRIBUTE: &str = "volume";
 
-/// What a Volume still lacks.
-pub(super) fn lacks(volume: &Volume, has_pv: bool) -> bool {
+/// What a PersistentVolume that was made for a Volume is to be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum WantedPv {
+    /// None was asked for.
+    None,
+    /// As large as this.
+    Sized(String),
+    /// Gone, with its Volume.
+    Gone,
+}
+
+/// What is wanted of the PersistentVolume now. It grows when the Volume has grown, never before.
+pub(super) fn wanted_pv(volume: &Volume) -> WantedPv {
+    let committed = volume.status.as_ref().and_then(|s| s.map.as_ref()).map_or(0, |map| map.size.unsigned_abs());
+    let wished = volume.spec.size.bytes().unwrap_or(u64::MAX);
+    match () {
+        () if !wants_pv(volume) => WantedPv::None,
+        () if volume.metadata.deletion_timestamp.is_some() => WantedPv::Gone,
+        () if committed == 0 || committed >= wished => WantedPv::Sized(volume.spec.size.to_string()),
+        () => WantedPv::Sized(Size::of_bytes(committed).to_string()),
+    }
+}
+
+/// Whether a Volume still lacks something. `pv`: what was done about its PersistentVolume.
+pub(super) fn lacks(volume: &Volume, pv: Option<&WantedPv>) -> bool {
     let status = volume.status.as_ref();
     let complete = status.is_some_and(|s| s.volume_id.is_some() && s.generation.is_some());
+    let wanted = wanted_pv(volume);
+    let pv_lacks = wanted != WantedPv::None && pv != Some(&wanted);
     if volume.metadata.deletion_timestamp.is_some() {
-        return never_named(volume);
+        return never_named(volume) || pv_lacks;
     }
-    !complete || !has_finalizer(volume) || (wants_pv(volume) && !has_pv)
+    !complete || !has_finalizer(volume) || pv_lacks
 }
 
 /// Deleted between its finalizer and its id: there is nothing of it anywhere, and nobody else would let it go.
@@ -54,12 +85,20 @@ fn wants_pv(volume: &Volume) -> bool {
     volume.annotations().get(WANTS_PV).is_some_and(|value| value == "true")
 }
 
-/// Does the next step that a Volume lacks, and all after it.
-pub(super) async fn prepare(client: &Client, index: &Mutex<Index>, name: &str) -> Result<(), StoreError> {
+/// Does the next step that a Volume lacks, and all after it; gives what was done about its PersistentVolume.
+pub(super) async fn prepare(client: &Client, index: &Mutex<Index>, seen: &Volume) -> Result<WantedPv, StoreError> {
     let volumes: Api<Volume> = Api::all(client.clone());
-    let Some(mut volume) = volumes.get_opt(name).await? else { return Ok(()) };
+    let name = &seen.name_any();
+    let found = volumes.get_opt(name).await?.filter(|found| found.uid() == seen.uid());
+    if found.as_ref().unwrap_or(seen).metadata.deletion_timestamp.is_some() && wants_pv(seen) {
+        delete_pv(client, seen).await?;
+    }
+    let Some(mut volume) = found else { return Ok(wanted_pv(seen)) };
     if volume.metadata.deletion_timestamp.is_some() {
-        return if never_named(&volume) { patch_finalizers(&volumes, &volume, false).await.map(drop) } else { Ok(()) };
+        if never_named(&volume) {
+            patch_finalizers(&volumes, &volume, false).await?;
+        }
+        return Ok(wanted_pv(&volume));
     }
     if !has_finalizer(&volume) {
         volume = patch_finalizers(&volumes, &volume, true).await?;
@@ -75,7 +114,7 @@ pub(super) async fn prepare(client: &Client, index: &Mutex<Index>, name: &str) -
     if wants_pv(&volume) {
         make_pv(client, &volume, id).await?;
     }
-    Ok(())
+    Ok(wanted_pv(&volume))
 }
 
 fn json_patch(operations: Value) -> Patch<()> {
@@ -151,16 +190,46 @@ fn handle_for(pv: &PersistentVolume, volume: &str) -> Option<(VolumeId, String)>
     (named == volume).then(|| Some((csi.volume_handle.parse().ok()?, pv.name_any())))?
 }
 
+/// Makes the PersistentVolume, or lets it grow.
 async fn make_pv(client: &Client, volume: &Volume, id: VolumeId) -> Result<(), StoreError> {
     let api: Api<PersistentVolume> = Api::all(client.clone());
-    let name = volume.name_any();
-    if api.get_opt(&name).await?.is_some() {
+    let Some(found) = api.get_opt(&volume.name_any()).await? else {
+        return match api.create(&PostParams::default(), &persistent_volume(volume, id)).await {
+            Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
+            other => other.map(drop).map_err(StoreError::from),
+        };
+    };
+    let WantedPv::Sized(size) = wanted_pv(volume) else { return Ok(()) };
+    let bytes = |text: &str| text.parse::<Size>().ok().and_then(|size| size.bytes().ok()).unwrap_or(0);
+    let had = found.spec.as_ref().and_then(|spec| spec.capacity.as_ref()?.get("storage").cloned());
+    if !is_made_for(&found, volume) || bytes(&size) <= bytes(&had.map(|q| q.0).unwrap_or_default()) {
         return Ok(());
     }
-    match api.create(&PostParams::default(), &persistent_volume(volume, id)).await {
-        Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
+    let patch = json!({
+        "metadata": {"resourceVersion": found.resource_version()}, "spec": {"capacity": {"storage": size}},
+    });
+    let params = PatchParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PatchParams::default() };
+    Ok(api.patch(&volume.name_any(), &params, &Patch::Merge(patch)).await.map(drop)?)
+}
+
+/// The PersistentVolume goes with the Volume whose data it named. One that a claim is still bound to goes with that claim
+/// (Kubernetes' own protection).
+async fn delete_pv(client: &Client, volume: &Volume) -> Result<(), StoreError> {
+    let api: Api<PersistentVolume> = Api::all(client.clone());
+    let Some(found) = api.get_opt(&volume.name_any()).await?.filter(|pv| is_made_for(pv, volume)) else {
+        return Ok(());
+    };
+    let preconditions = Preconditions { resource_version: None, uid: found.uid() };
+    let params = DeleteParams { preconditions: Some(preconditions), ..DeleteParams::default() };
+    match api.delete(&volume.name_any(), &params).await {
+        Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(()),
         other => other.map(drop).map_err(StoreError::from),
     }
+}
+
+/// People's own PersistentVolumes, and those of an earlier Volume of that name, are left alone.
+fn is_made_for(pv: &PersistentVolume, volume: &Volume) -> bool {
+    pv.annotations().get(MADE_FOR).is_some_and(|uid| Some(uid) == volume.meta().uid.as_ref())
 }
 
 fn persistent_volume(volume: &Volume, id: VolumeId) -> PersistentVolume {
@@ -172,13 +241,17 @@ fn persistent_volume(volume: &Volume, id: VolumeId) -> PersistentVolume {
         AccessMode::ReadOnlyMany => "ReadOnlyMany",
         AccessMode::ReadWriteMany => "ReadWriteMany",
     };
+    let reclaim = annotation(RECLAIM).filter(|policy| policy == "Delete").unwrap_or_else(|| "Retain".to_owned());
+    let mut annotations = BTreeMap::from([(MADE_FOR.to_owned(), volume.meta().uid.clone().unwrap_or_default())]);
+    if reclaim == "Delete" {
+        // With it the external provisioner deletes the volume when its claim is gone, as one that it made itself.
+        annotations.insert(PROVISIONED_BY.to_owned(), DRIVER_NAME.to_owned());
+    }
     PersistentVolume {
         metadata: ObjectMeta {
             name: Some(name.clone()),
             labels: Some([("app.kubernetes.io/managed-by".to_owned(), "lamina".to_owned())].into()),
-            annotations: Some(
-                [("lamina.dev/made-for".to_owned(), volume.meta().uid.clone().unwrap_or_default())].into(),
-            ),
+            annotations: Some(annotations),
             ..ObjectMeta::default()
         },
         spec: Some(PersistentVolumeSpec {
@@ -191,7 +264,7 @@ fn persistent_volume(volume: &Volume, id: VolumeId) -> PersistentVolume {
                 volume_attributes: Some([(VOLUME_ATTRIBUTE.to_owned(), name)].into()),
                 ..CSIPersistentVolumeSource::default()
             }),
-            persistent_volume_reclaim_policy: Some("Retain".to_owned()),
+            persistent_volume_reclaim_policy: Some(reclaim),
             storage_class_name: Some(String::new()),
             volume_mode: Some(if block { "Block" } else { "Filesystem" }.to_owned()),
             ..PersistentVolumeSpec::default()

@@ -18,7 +18,7 @@ use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use super::prepare;
+use super::prepare::{self, WantedPv};
 use crate::index::Index;
 use crate::store::{Change, StoreError};
 
@@ -61,9 +61,10 @@ struct Watch {
     known: BTreeMap<Kind, BTreeSet<String>>,
     unseen: BTreeMap<Kind, BTreeSet<String>>,
     listed: BTreeSet<Kind>,
-    preparing: JoinSet<String>,
+    preparing: JoinSet<(Box<Volume>, WantedPv)>,
     under_way: BTreeSet<String>,
-    with_pv: BTreeSet<String>,
+    /// What was done about the PersistentVolume of each Volume.
+    pvs: BTreeMap<String, WantedPv>,
 }
 
 /// Watches until nobody listens.
@@ -83,14 +84,14 @@ pub(super) async fn run(client: Client, index: Arc<Mutex<Index>>, changes: mpsc:
         listed: BTreeSet::new(),
         preparing: JoinSet::new(),
         under_way: BTreeSet::new(),
-        with_pv: BTreeSet::new(),
+        pvs: BTreeMap::new(),
     };
     loop {
         let step = tokio::select! {
             Some(word) = words.next() => watch.take(word).await,
             Some(done) = watch.preparing.join_next() => {
-                let name = done.expect("preparing a Volume does not panic and is not aborted while it runs");
-                watch.prepared(&name);
+                let (seen, pv) = done.expect("preparing a Volume does not panic and is not aborted while it runs");
+                watch.prepared(&seen, pv);
                 Ok(())
             }
         };
@@ -177,7 +178,7 @@ impl Watch {
             }
         };
         if kind == Kind::Volume {
-            self.with_pv.remove(name);
+            self.pvs.remove(name);
         }
         self.say(changes).await
     }
@@ -191,14 +192,18 @@ impl Watch {
 
     fn prepare_if_needed(&mut self, volume: &Volume) {
         let name = volume.name_any();
-        let needed = prepare::lacks(volume, self.with_pv.contains(&name));
+        let needed = prepare::lacks(volume, self.pvs.get(&name));
         if !needed || !self.under_way.insert(name.clone()) {
             return;
         }
-        let (client, index) = (self.client.clone(), Arc::clone(&self.index));
+        let (client, index, seen) = (self.client.clone(), Arc::clone(&self.index), Box::new(volume.clone()));
         self.preparing.spawn(async move {
             let (mut pause, longest) = PAUSES;
-            while let Err(why) = prepare::prepare(&client, &index, &name).await {
+            loop {
+                let why = match prepare::prepare(&client, &index, &seen).await {
+                    Ok(pv) => return (seen, pv),
+                    Err(why) => why,
+                };
                 if !is_conflict(&why) {
                     tracing::warn!(volume = name, %why, "the Volume could not be prepared");
                 }
@@ -206,13 +211,22 @@ impl Watch {
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(longest);
             }
-            name
         });
     }
 
-    fn prepared(&mut self, name: &str) {
-        self.under_way.remove(name);
-        self.with_pv.insert(name.to_owned());
+    fn prepared(&mut self, seen: &Volume, pv: WantedPv) {
+        let name = seen.name_any();
+        self.under_way.remove(&name);
+        let now = {
+            let index = self.index.lock().unwrap_or_else(PoisonError::into_inner);
+            index.volume(&name).cloned()
+        };
+        let Some(now) = now else { return };
+        self.pvs.insert(name, pv);
+        // What the watch brought meanwhile it does not bring again.
+        if now.resource_version() != seen.resource_version() {
+            self.prepare_if_needed(&now);
+        }
     }
 }
 

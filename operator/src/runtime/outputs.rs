@@ -9,7 +9,8 @@ use lamina_protocol::management::{CallId, Event, EventReason, Guard, Input, Outp
 
 use super::{Died, Done, Runtime};
 use crate::metrics::Named;
-use crate::store::Notice;
+use crate::store::{KnownServer, Notice};
+use lamina_crds::storage_server::DeviceState;
 
 /// Between two tries to read an object that the store does not give.
 const READ_AGAIN: Duration = Duration::from_millis(500);
@@ -94,7 +95,30 @@ impl Runtime {
         let (reason, text) = (format!("{:?}", event.reason), event.text.clone());
         let warning = is_warning(event.reason);
         tracing::info!(volume, server, reason, text, "event");
-        let notice = Notice { volume, server, reason, text, warning };
+        self.notify(Notice { volume, server, reason, text, warning });
+    }
+
+    /// Devices that came to serve, or stopped, since the object was seen last. At first sight only what is wrong is told.
+    pub(super) fn tell_devices(&self, known: &KnownServer, before: Option<&KnownServer>) {
+        for device in &known.devices {
+            let was = before.and_then(|b| b.devices.iter().find(|d| d.path == device.path)).map(|d| d.state);
+            let (reason, warning) = match device.state {
+                state if was == Some(state) => continue,
+                DeviceState::Refused => ("DeviceRefused", true),
+                DeviceState::Missing => ("DeviceMissing", true),
+                DeviceState::Failed => ("DeviceFailed", true),
+                DeviceState::Ready if before.is_some() => ("DeviceReady", false),
+                DeviceState::Ready | DeviceState::Opening | DeviceState::Unlisted => continue,
+            };
+            let why = if device.reason.is_empty() { String::new() } else { format!(": {}", device.reason) };
+            let text = format!("{} is {:?}{why}", device.path, device.state);
+            let (server, reason) = (Some(known.name.clone()), reason.to_owned());
+            tracing::info!(server, reason, text, "event");
+            self.notify(Notice { volume: None, server, reason, text, warning });
+        }
+    }
+
+    fn notify(&self, notice: Notice) {
         if self.notices.try_send(notice).is_err() {
             self.options.metrics.events_dropped.inc();
         }

@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use lamina_protocol::control::CopyProgress;
 use lamina_protocol::ids::{CopyId, ServerId, VolumeId};
-use lamina_protocol::management::{Condition, Orphan, ServerHealth, ServerView};
+use lamina_protocol::management::placement::Refusal;
+use lamina_protocol::management::{Condition, Orphan, Policy, ServerHealth, ServerView};
 use lamina_protocol::map::MemberState;
 use lamina_protocol::time::Millis;
 use tokio::sync::mpsc;
@@ -17,7 +18,7 @@ use tokio::sync::mpsc;
 use super::{Done, Runtime, clock};
 use crate::metrics::{MemberLabels, Named};
 use crate::store::{Notice, Store};
-use crate::summary::{self, Names, ServerDescription, VolumeDescription};
+use crate::summary::{self, Names, PolicyDescription, ServerDescription, VolumeDescription};
 
 /// Objects described at once; more wait.
 const MOST_AT_ONCE: usize = 16;
@@ -31,6 +32,7 @@ const NOTICE_EVERY: Duration = Duration::from_millis(50);
 pub(super) enum Key {
     Volume(VolumeId),
     Server(String),
+    Policy(String),
 }
 
 #[derive(Default)]
@@ -50,11 +52,19 @@ struct OfServer {
     last: Option<ServerDescription>,
 }
 
+#[derive(Default)]
+struct OfPolicy {
+    policy: Option<Policy>,
+    volumes: u64,
+    last: Option<PolicyDescription>,
+}
+
 /// What is to be written, and what was.
 #[derive(Default)]
 pub(super) struct Shown {
     volumes: BTreeMap<VolumeId, OfVolume>,
     servers: BTreeMap<String, OfServer>,
+    policies: BTreeMap<String, OfPolicy>,
     due: BTreeSet<Key>,
     under_way: BTreeSet<Key>,
 }
@@ -70,6 +80,16 @@ impl Shown {
 
     pub(super) fn forget_volume(&mut self, volume: VolumeId) {
         self.volumes.remove(&volume);
+    }
+
+    pub(super) fn policy(&mut self, name: String, policy: Option<Policy>, volumes: u64) {
+        let shown = self.policies.entry(name.clone()).or_default();
+        (shown.policy, shown.volumes) = (policy, volumes);
+        self.due.insert(Key::Policy(name));
+    }
+
+    pub(super) fn forget_policy(&mut self, name: &str) {
+        self.policies.remove(name);
     }
 
     pub(super) fn forget_server(&mut self, name: &str) {
@@ -102,6 +122,8 @@ impl Shown {
         let Some(name) = name else { return };
         self.servers.entry(name.clone()).or_default().view = Some(view);
         self.due.insert(Key::Server(name));
+        // Servers and their room decide whether a policy can be obeyed.
+        self.due.extend(self.policies.keys().cloned().map(Key::Policy));
     }
 
     pub(super) fn orphans(&mut self, name: Option<String>, _server: ServerId, orphans: Vec<Orphan>) {
@@ -116,6 +138,9 @@ impl Shown {
             match &what {
                 Key::Volume(volume) => self.volumes.entry(*volume).or_default().last = None,
                 Key::Server(name) => self.servers.entry(name.clone()).or_default().last = None,
+                Key::Policy(name) => {
+                    self.policies.get_mut(name).into_iter().for_each(|shown| shown.last = None);
+                }
             }
             self.due.insert(what);
         }
@@ -143,6 +168,7 @@ impl Runtime {
             match key {
                 Key::Volume(volume) => self.describe_volume(volume),
                 Key::Server(name) => self.describe_server(name),
+                Key::Policy(name) => self.describe_policy(name),
             }
         }
     }
@@ -183,8 +209,8 @@ impl Runtime {
     fn describe_server(&mut self, name: String) {
         let Some(shown) = self.shown.servers.get(&name) else { return };
         let Some(view) = &shown.view else { return };
-        let drain = self.servers.get(&name).is_some_and(|known| known.object.drain);
-        let next = summary::of_server(view, &shown.orphans, &self.filling_at(view.id), drain, self);
+        let known = self.servers.get(&name);
+        let next = summary::of_server(view, &shown.orphans, &self.filling_at(view.id), known, self);
         if shown.last.as_ref() == Some(&next) {
             return;
         }
@@ -196,6 +222,26 @@ impl Runtime {
         let store = Arc::clone(&self.store);
         self.work.spawn(async move {
             let result = store.describe_server(&name, &next).await;
+            finish(key, result).await
+        });
+    }
+
+    fn describe_policy(&mut self, name: String) {
+        let Some(shown) = self.shown.policies.get(&name) else { return };
+        let refusal = match &shown.policy {
+            Some(policy) => self.leader.unsatisfiable(policy),
+            None => Some(Refusal::InvalidWish),
+        };
+        let next = summary::of_policy(shown.volumes, refusal);
+        if shown.last.as_ref() == Some(&next) {
+            return;
+        }
+        self.shown.policies.entry(name.clone()).or_default().last = Some(next.clone());
+        let key = Key::Policy(name.clone());
+        self.shown.under_way.insert(key.clone());
+        let store = Arc::clone(&self.store);
+        self.work.spawn(async move {
+            let result = store.describe_policy(&name, &next).await;
             finish(key, result).await
         });
     }

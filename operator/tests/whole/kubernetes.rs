@@ -21,20 +21,20 @@ use super::{PATIENCE, options};
 
 const NAMESPACE: &str = "lamina-system";
 
-struct Cluster {
-    client: Client,
+pub(crate) struct Cluster {
+    pub(crate) client: Client,
     id: ClusterId,
     servers: Servers,
     _api: TestApiServer,
 }
 
-struct Replicas {
+pub(crate) struct Replicas {
     stop: watch::Sender<bool>,
     task: JoinHandle<Ended>,
 }
 
 impl Cluster {
-    async fn start(test: &str, servers: usize) -> Option<Self> {
+    pub(crate) async fn start(test: &str, servers: usize) -> Option<Self> {
         let api = lamina_test_apiserver::start_or_skip(test).await?;
         let client = api.client().await.unwrap();
         for manifest in lamina_crds::manifests().unwrap() {
@@ -74,25 +74,30 @@ impl Cluster {
         Api::all(self.client.clone()).create(&PostParams::default(), &policy).await.unwrap();
     }
 
-    fn replica(&self, name: &str, die_at: Option<FailPoint>) -> Replicas {
+    pub(crate) fn replica(&self, name: &str, die_at: Option<FailPoint>) -> Replicas {
         let (options, stop) = options(self.id, die_at);
         let replica =
             Replica { name: name.to_owned(), namespace: NAMESPACE.to_owned(), address: "127.0.0.1:4710".to_owned() };
         Replicas { stop, task: tokio::spawn(kubernetes::run(self.client.clone(), replica, options)) }
     }
 
-    fn volumes(&self) -> Api<Volume> {
+    pub(crate) fn volumes(&self) -> Api<Volume> {
         Api::all(self.client.clone())
     }
 
-    async fn create(&self, name: &str, annotations: Value) -> Volume {
+    pub(crate) async fn create(&self, name: &str, annotations: Value) -> Volume {
         let metadata = json!({"name": name, "annotations": annotations});
         let object = object_of("Volume", json!({"metadata": metadata, "spec": {"size": "16Mi", "policy": "two"}}));
         self.volumes().create(&PostParams::default(), &serde_json::from_value(object).unwrap()).await.unwrap()
     }
 
     /// Waits until it is so.
-    async fn until(&self, name: &str, what: &str, so: impl Fn(Option<&Volume>) -> bool + Send) -> Option<Volume> {
+    pub(crate) async fn until(
+        &self,
+        name: &str,
+        what: &str,
+        so: impl Fn(Option<&Volume>) -> bool + Send,
+    ) -> Option<Volume> {
         let condition = |volume: Option<&Volume>| so(volume);
         match tokio::time::timeout(PATIENCE, await_condition(self.volumes(), name, condition)).await {
             Ok(volume) => volume.unwrap(),
@@ -100,20 +105,20 @@ impl Cluster {
         }
     }
 
-    async fn healthy(&self, name: &str) -> Volume {
+    pub(crate) async fn healthy(&self, name: &str) -> Volume {
         let healthy = |v: Option<&Volume>| state(v) == Some(VolumeState::Healthy);
         self.until(name, "healthy", healthy).await.unwrap()
     }
 }
 
 impl Replicas {
-    async fn stop(self) -> Ended {
+    pub(crate) async fn stop(self) -> Ended {
         self.stop.send_replace(true);
         tokio::time::timeout(PATIENCE, self.task).await.unwrap().unwrap()
     }
 }
 
-fn object_of(kind: &str, mut object: Value) -> Value {
+pub(crate) fn object_of(kind: &str, mut object: Value) -> Value {
     object["apiVersion"] = json!("lamina.dev/v1alpha1");
     object["kind"] = json!(kind);
     object

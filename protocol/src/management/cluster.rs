@@ -2,10 +2,12 @@
 
 use super::condition::{Event, EventReason, Veto, VetoReason};
 use super::heartbeat::ServerState;
+use super::object::Policy;
+use super::placement::{self, Candidate, Need, Refusal};
 use super::volume::Volume;
 use super::{Leader, Orphan, Output, ServerView};
 use crate::control::CopyInventory;
-use crate::ids::{ServerId, SessionId, VolumeId};
+use crate::ids::{CopyId, DeviceId, ServerId, SessionId, VolumeId};
 use crate::map::{Group, Member, MemberState};
 use crate::storage_server::StaleSeen;
 use crate::time::Millis;
@@ -34,6 +36,13 @@ pub(super) struct Lease {
 pub(super) struct Inventory {
     pub(super) copies: Vec<CopyInventory>,
     told: Vec<Orphan>,
+}
+
+impl Inventory {
+    /// The device on which a copy lies, if that is known.
+    pub(super) fn device_of(&self, copy: CopyId) -> Option<DeviceId> {
+        self.copies.iter().find(|lying| lying.copy == copy).map(|lying| lying.device)
+    }
 }
 
 /// A session seen stale.
@@ -69,10 +78,13 @@ impl Leader {
     }
 
     /// Tells what changed in the view of servers, and orphans.
-    pub(super) fn view_servers(&mut self, out: &mut Vec<Output>) {
+    pub(super) fn view_servers(&mut self, now: Millis, out: &mut Vec<Output>) {
         let ids: Vec<_> = self.servers.by_id.keys().copied().collect();
         for id in ids {
-            let Some(view) = self.servers.of(id).map(|state| self.view(id, state)) else { continue };
+            let Some(view) = self.servers.of(id).map(|state| self.view(now, id, state)) else { continue };
+            if let Some(state) = self.servers.by_id.get_mut(&id) {
+                state.used_is_told(now, view.used_bytes);
+            }
             if self.views.get(&id) != Some(&view) {
                 self.views.insert(id, view.clone());
                 out.push(Output::Server(view));
@@ -86,8 +98,7 @@ impl Leader {
         }
     }
 
-    fn view(&self, id: ServerId, state: &ServerState) -> ServerView {
-        let capacities = state.alive.devices.iter().filter(|d| !d.boot.is_none()).map(|d| d.capacity_bytes);
+    fn view(&self, now: Millis, id: ServerId, state: &ServerState) -> ServerView {
         let rooms = self.rooms.values().flatten().filter(|(server, _)| *server == id).map(|(_, bytes)| bytes);
         let counts = self.volumes.values().map(|v| v.copies_on(state, id));
         let wanted = state.alive.leaving || state.object.as_ref().is_some_and(|o| o.drain);
@@ -96,11 +107,25 @@ impl Leader {
             id,
             health: state.health,
             leaving: state.alive.leaving,
-            capacity_bytes: capacities.sum(),
+            capacity_bytes: state.capacity_bytes(),
+            used_bytes: state.used_to_tell(now),
             provisioned_bytes: rooms.sum(),
             copies: counts.fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1)),
             vetoes,
         }
+    }
+
+    /// Why a policy could not place a volume of one page per group now; `None` = it could.
+    pub fn unsatisfiable(&self, policy: &Policy) -> Option<Refusal> {
+        let size = u64::from(policy.page_bytes) * u64::from(policy.groups);
+        let placed = placement::check(size, Some(policy)).and_then(|policy| {
+            let need = Need { policy, size, near_node: "", near_zone: "" };
+            let provisioned = self.rooms.values().flatten().copied();
+            let open = |c: &Candidate| self.servers.of(c.id).is_some_and(ServerState::takes_copies);
+            let candidates = self.servers.candidates(provisioned).into_iter().filter(open);
+            placement::place(need, &candidates.collect::<Vec<_>>())
+        });
+        placed.err()
     }
 
     fn orphans(&self, id: ServerId) -> Vec<Orphan> {

@@ -13,6 +13,8 @@ pub enum ConditionKind {
     Healthy,
     /// No group is being settled; while it is, sessions are held.
     Settled,
+    /// A device with a copy of it has no room for a new page (R8).
+    OutOfSpace,
     /// A server stores a newer committed map than the object, or may (R6). Nothing is changed.
     Diverged,
     /// Deletion is asked for.
@@ -61,6 +63,8 @@ pub enum Reason {
     MembersFailed,
     /// Suspect pages are made equal.
     Settling,
+    /// A device has no room for a new page.
+    DeviceFull,
     /// Servers must answer first (R6).
     WaitingForServers,
     /// The object's map is not one.

@@ -281,6 +281,8 @@ pub struct ServerView {
     pub leaving: bool,
     /// Bytes of all its open devices.
     pub capacity_bytes: u64,
+    /// Bytes of those that no new page can have. Follows at steps of 1 % of the capacity, or after 60 s.
+    pub used_bytes: u64,
     /// Bytes promised to copies that lie there, thin or not.
     pub provisioned_bytes: u64,
     /// Copies of committed maps there: (serving under the boot id that the server shows, all of them).

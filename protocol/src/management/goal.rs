@@ -5,7 +5,7 @@
 //! guess costs a pause, never safety; what is committed follows from the fence alone (H2).
 
 use super::ServerHealth;
-use super::heartbeat::Hint;
+use super::heartbeat::{Hint, ServerState};
 use super::object::{NewCopy, Policy, Purpose};
 use super::placement::{self, Candidate, Need, Refusal};
 use super::plan::{Answer, Goal, Hold, differs, next_map};
@@ -174,7 +174,7 @@ impl Volume {
     }
 
     fn addresses(&self, world: &World<'_>) -> BTreeMap<ServerId, Vec<String>> {
-        let of = |(id, server): (&ServerId, &super::heartbeat::ServerState)| {
+        let of = |(id, server): (&ServerId, &ServerState)| {
             server.object.as_ref().map(|object| (*id, object.addresses.clone()))
         };
         world.servers.by_id.iter().filter_map(of).collect()
@@ -209,7 +209,7 @@ impl Volume {
 
     /// A copy that is behind and whose server answers.
     pub(super) fn can_be_forced(&self, m: &Member, world: &World<'_>) -> bool {
-        let open = |s: &super::heartbeat::ServerState| s.is_alive() && s.hint(m) != Hint::Closed;
+        let open = |s: &ServerState| s.is_alive() && s.hint(m) != Hint::Closed;
         m.state != MemberState::Active && !self.lost.contains(&m.copy) && world.servers.of(m.server).is_some_and(open)
     }
 
@@ -452,14 +452,7 @@ impl Volume {
     /// Servers that may take a new copy.
     fn candidates(&self, world: &World<'_>) -> Vec<Candidate> {
         let full = |id| self.full.get(&id).is_some_and(|at| world.now.since(*at) < FULL_MS);
-        let open = |c: &Candidate| {
-            let server = world.servers.of(c.id);
-            let object = server.and_then(|s| s.object.as_ref());
-            object.is_some_and(|o| o.schedulable && !o.drain)
-                && server.is_some_and(|s| s.is_alive() && !s.alive.leaving)
-                && c.capacity_bytes > 0
-                && !full(c.id)
-        };
+        let open = |c: &Candidate| world.servers.of(c.id).is_some_and(ServerState::takes_copies) && !full(c.id);
         self.all_candidates(world).into_iter().filter(open).collect()
     }
 
@@ -467,23 +460,7 @@ impl Volume {
         // What an abandoned proposal of this volume promised is free again.
         let others =
             world.rooms.iter().filter(|(volume, _)| **volume != self.id()).flat_map(|(_, rooms)| rooms.clone());
-        let promised: Vec<_> = others.chain(self.mapped_rooms()).collect();
-        let mut provisioned: BTreeMap<ServerId, u64> = BTreeMap::new();
-        promised.iter().for_each(|(id, bytes)| *provisioned.entry(*id).or_default() += bytes);
-        let known = world.servers.by_id.iter().filter_map(|(id, s)| s.object.as_ref().map(|object| (id, s, object)));
-        known
-            .map(|(id, server, object)| {
-                let capacities = server.alive.devices.iter().filter(|d| !d.boot.is_none()).map(|d| d.capacity_bytes);
-                Candidate {
-                    id: *id,
-                    zone: object.zone.clone(),
-                    node: object.node.clone(),
-                    capacity_bytes: capacities.clone().sum(),
-                    largest_bytes: capacities.max().unwrap_or(0),
-                    provisioned_bytes: provisioned.get(id).copied().unwrap_or(0),
-                }
-            })
-            .collect()
+        world.servers.candidates(others.chain(self.mapped_rooms()))
     }
 
     /// Bytes that this volume is promised on servers.

@@ -7,9 +7,11 @@
 //!          Failed or, if two servers and more than 30 % fall silent within 10 s, Suspected ──driver's report──> Failed
 //! ```
 
+use super::placement::Candidate;
 use super::{ServerHealth, ServerObject};
-use crate::control::{Alive, CopyProgress};
-use crate::ids::{BootId, CopyId, ServerId};
+use crate::control::{Alive, CopyProgress, DeviceReport};
+use crate::ids::{BootId, CopyId, DeviceId, ServerId};
+use crate::limits::SPACE_RESERVE_DIVISOR;
 use crate::map::Member;
 use crate::time::Millis;
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,6 +20,10 @@ use std::collections::{BTreeMap, BTreeSet};
 pub(super) const TOGETHER_MS: u64 = 10_000;
 /// A server has opened its devices within this time, milliseconds.
 const OPENED_MS: u64 = 5_000;
+/// Bytes in use are told again when they moved by one part in so many of the capacity.
+const USED_STEPS: u64 = 100;
+/// Or when they moved at all and this long has passed, milliseconds.
+const USED_MS: u64 = 60_000;
 /// A driver's report counts for so long, milliseconds.
 const REPORT_MS: u64 = 10_000;
 
@@ -42,6 +48,8 @@ pub(super) struct ServerState {
     refused: bool,
     reported: Option<Millis>,
     foreign: bool,
+    /// Bytes in use as told last, and when.
+    used_told: (u64, Millis),
 }
 
 /// What heartbeats say of a member. Hints: they decide what is tried, never what is committed (H2).
@@ -72,6 +80,7 @@ impl ServerState {
             refused: false,
             reported: None,
             foreign: false,
+            used_told: (0, now),
         }
     }
 
@@ -84,9 +93,51 @@ impl ServerState {
         self.alive_since.is_some_and(|at| now.since(at) >= OPENED_MS) && !self.boots.is_empty()
     }
 
+    /// Whether new copies may be placed here.
+    pub(super) fn takes_copies(&self) -> bool {
+        let wanted = self.object.as_ref().is_some_and(|o| o.schedulable && !o.drain);
+        wanted && self.is_alive() && !self.alive.leaving && self.capacity_bytes() > 0
+    }
+
     /// How far the work of a copy is, if its last sign of life says so.
     pub(super) fn progress(&self, copy: CopyId) -> Option<&CopyProgress> {
         self.alive.copies.iter().find(|progress| progress.copy == copy)
+    }
+
+    /// Bytes of all open devices.
+    pub(super) fn capacity_bytes(&self) -> u64 {
+        self.open_devices().map(|d| d.capacity_bytes).sum()
+    }
+
+    fn open_devices(&self) -> impl Iterator<Item = &DeviceReport> {
+        self.alive.devices.iter().filter(|d| !d.boot.is_none())
+    }
+
+    /// Bytes in use, to be told: as told before until they moved by a step, or for a while.
+    pub(super) fn used_to_tell(&self, now: Millis) -> u64 {
+        let used: u64 = self.open_devices().map(|d| d.capacity_bytes.saturating_sub(d.free_bytes)).sum();
+        let (told, at) = self.used_told;
+        let far = used.abs_diff(told) >= (self.capacity_bytes() / USED_STEPS).max(1);
+        if far || now.since(at) >= USED_MS { used } else { told }
+    }
+
+    /// Whether [`Self::used_to_tell`] says something new.
+    pub(super) fn has_used_news(&self, now: Millis) -> bool {
+        self.used_to_tell(now) != self.used_told.0
+    }
+
+    /// It was told.
+    pub(super) fn used_is_told(&mut self, now: Millis, used: u64) {
+        if used != self.used_told.0 {
+            self.used_told = (used, now);
+        }
+    }
+
+    /// Whether a device, or every open one if it is not known which, has no room for a new page (R8): what is left is
+    /// kept for restarted writes.
+    pub(super) fn is_full(&self, device: Option<DeviceId>) -> bool {
+        let mut known = self.open_devices().filter(|d| device.is_none_or(|id| d.device == id)).peekable();
+        known.peek().is_some() && known.all(is_full)
     }
 
     /// What heartbeats say of a member here.
@@ -121,6 +172,16 @@ impl ServerState {
     }
 }
 
+/// No page can be had of it but from the reserve.
+fn is_full(device: &DeviceReport) -> bool {
+    device.free_bytes.saturating_mul(SPACE_RESERVE_DIVISOR) <= device.capacity_bytes
+}
+
+/// How many of these devices are open and full.
+pub(super) fn full_devices(devices: &[DeviceReport]) -> usize {
+    devices.iter().filter(|d| !d.boot.is_none() && is_full(d)).count()
+}
+
 /// All servers.
 #[derive(Debug, Default)]
 pub(super) struct Servers {
@@ -143,6 +204,23 @@ impl Servers {
     /// Takes a server in, by its object or because a map names it.
     pub(super) fn meet(&mut self, now: Millis, id: ServerId) -> &mut ServerState {
         self.by_id.entry(id).or_insert_with(|| ServerState::new(now))
+    }
+
+    /// Every server with an object, with its room less what is promised.
+    pub(super) fn candidates(&self, promised: impl Iterator<Item = (ServerId, u64)>) -> Vec<Candidate> {
+        let mut provisioned: BTreeMap<ServerId, u64> = BTreeMap::new();
+        promised.for_each(|(id, bytes)| *provisioned.entry(id).or_default() += bytes);
+        let known = self.by_id.iter().filter_map(|(id, s)| s.object.as_ref().map(|object| (id, s, object)));
+        known
+            .map(|(id, server, object)| Candidate {
+                id: *id,
+                zone: object.zone.clone(),
+                node: object.node.clone(),
+                capacity_bytes: server.capacity_bytes(),
+                largest_bytes: server.open_devices().map(|d| d.capacity_bytes).max().unwrap_or(0),
+                provisioned_bytes: provisioned.get(id).copied().unwrap_or(0),
+            })
+            .collect()
     }
 
     /// The servers whose next heartbeat is due.

@@ -10,6 +10,7 @@ use super::volume::{Volume, World};
 use crate::control::CopyProgress;
 use crate::ids::{CopyId, ServerId};
 use crate::map::{Group, Member, MemberState, VolumeMap};
+use std::collections::BTreeSet;
 use std::fmt::{Display, Write as _};
 
 /// Progress is told at the latest after this, milliseconds.
@@ -23,6 +24,7 @@ impl Volume {
             self.available(world),
             self.healthy(world),
             self.settled(),
+            self.out_of_space(world),
             self.diverged(world),
             self.deleting(world),
         ];
@@ -155,6 +157,26 @@ impl Volume {
             (Reason::AsWished, "nothing is to be made equal")
         };
         Condition { kind: ConditionKind::Settled, holds: !running, reason, text: text.to_string() }
+    }
+
+    fn out_of_space(&self, world: &World<'_>) -> Condition {
+        let kind = ConditionKind::OutOfSpace;
+        let full = |m: &&Member| {
+            let device = world.inventories.get(&m.server).and_then(|inventory| inventory.device_of(m.copy));
+            world.servers.of(m.server).is_some_and(|s| s.is_alive() && s.is_full(device))
+        };
+        let serving = self.map().into_iter().flat_map(VolumeMap::members).filter(|m| m.state != MemberState::Failed);
+        let on: BTreeSet<_> = serving.filter(full).map(|m| m.server).collect();
+        if on.is_empty() {
+            let text = "its servers have room for new pages".to_string();
+            return Condition { kind, holds: false, reason: Reason::AsWished, text };
+        }
+        let text = format!(
+            "no room for new pages on {}: writes to parts that were never written fail for lack of space; add a device, \
+             delete volumes there, or move copies away",
+            join(on.into_iter().map(|id| name_of(id, world)))
+        );
+        Condition { kind, holds: true, reason: Reason::DeviceFull, text }
     }
 
     fn diverged(&self, world: &World<'_>) -> Condition {

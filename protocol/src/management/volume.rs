@@ -2,6 +2,7 @@
 //!
 //! Nothing here is durable; a new leader starts from the object alone and counts every wait from its own start.
 
+use super::cluster::Inventory;
 use super::condition::{Condition, Event, EventReason};
 use super::diverged::Doubt;
 use super::heartbeat::Servers;
@@ -66,6 +67,7 @@ pub(super) struct World<'a> {
     pub(super) mint: &'a mut (dyn FnMut() -> u128 + Send),
     /// Bytes promised on servers, by volume.
     pub(super) rooms: &'a BTreeMap<VolumeId, Vec<(ServerId, u64)>>,
+    pub(super) inventories: &'a BTreeMap<ServerId, Inventory>,
     /// A number of the Lease above the one found was heard: every server is asked before a change (R6).
     pub(super) restored: bool,
     pub(super) out: &'a mut Vec<Output>,

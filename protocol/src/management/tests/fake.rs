@@ -29,6 +29,8 @@ pub(super) struct FakeServer {
     pub(super) closed: bool,
     pub(super) leaving: bool,
     pub(super) no_space: bool,
+    /// Bytes taken on its device.
+    pub(super) used: u64,
     pub(super) fills: bool,
     pub(super) settles: bool,
     /// Another server answers at its address.
@@ -53,6 +55,7 @@ impl FakeServer {
             closed: false,
             leaving: false,
             no_space: false,
+            used: 0,
             fills: true,
             settles: true,
             impostor: None,
@@ -91,7 +94,8 @@ impl FakeServer {
             to_settle: u64::from(self.to_settle(c)),
             filled_bytes: 0,
         };
-        let device = DeviceReport { device: DeviceId(self.id.0), boot, capacity_bytes: 10 * GIB, free_bytes: 10 * GIB };
+        let device =
+            DeviceReport { device: DeviceId(1), boot, capacity_bytes: 10 * GIB, free_bytes: 10 * GIB - self.used };
         Alive {
             server: self.id,
             cluster: CLUSTER,
@@ -278,6 +282,7 @@ pub(super) struct Fake {
     pub(super) conditions: BTreeMap<ConditionKind, Condition>,
     pub(super) orphans: BTreeMap<ServerId, Vec<Orphan>>,
     pub(super) history: Vec<VolumeMap>,
+    pub(super) views: Vec<ServerView>,
     /// The leader dies when it passes this step for the so-manieth time.
     pub(super) die_at: Option<Step>,
     pub(super) deaths: u32,
@@ -310,6 +315,7 @@ impl Fake {
             conditions: BTreeMap::new(),
             orphans: BTreeMap::new(),
             history: Vec::new(),
+            views: Vec::new(),
             die_at: None,
             deaths: 0,
             lose_write: None,
@@ -418,7 +424,8 @@ impl Fake {
             }
             Output::Passed { step, .. } => *self.steps.entry(step).or_default() += 1,
             Output::WakeAt(at) => self.wake = at,
-            Output::Progress { .. } | Output::Server(_) => {}
+            Output::Server(view) => self.views.push(view),
+            Output::Progress { .. } => {}
         }
     }
 

@@ -206,3 +206,51 @@ fn a_server_that_moved_to_another_address_is_in_the_next_map() {
     fake.run(2_000);
     assert_eq!(fake.map().server(ServerId(1)).unwrap().addresses, ["10.9.9.9:1"]);
 }
+
+#[test]
+fn used_space_follows_at_steps_of_a_percent_or_after_a_minute_and_no_more_often() {
+    let mut fake = Fake::with_volume(2, 2, 1);
+    let used = |fake: &Fake| fake.leader.servers().find(|s| s.id == ServerId(1)).unwrap().used_bytes;
+    let told = |fake: &Fake| fake.views.iter().filter(|view| view.id == ServerId(1)).count();
+    assert_eq!(used(&fake), 0);
+    let before = told(&fake);
+    for mib in 1..=30 {
+        fake.server(1).used = mib << 20;
+        fake.run(1_000);
+    }
+    assert_eq!((used(&fake), told(&fake)), (0, before), "30 MiB of 10 GiB are no step");
+    fake.run(60_000);
+    assert_eq!((used(&fake), told(&fake)), (30 << 20, before + 1), "told after a while all the same");
+    fake.server(1).used = 200 << 20;
+    fake.run(2_000);
+    assert_eq!((used(&fake), told(&fake)), (200 << 20, before + 2), "a step is told at once");
+}
+
+#[test]
+fn a_full_device_is_said_of_the_volumes_that_lie_there_and_of_no_others() {
+    let mut fake = Fake::with_volume(3, 2, 1);
+    let condition = |fake: &Fake| fake.condition(ConditionKind::OutOfSpace).clone();
+    assert!(!condition(&fake).holds);
+    fake.server(3).used = 10 * GIB;
+    fake.run(3_000);
+    assert!(!condition(&fake).holds, "no copy lies there");
+    fake.server(2).used = 10 * GIB - (50 << 20);
+    fake.run(3_000);
+    assert!(condition(&fake).holds && condition(&fake).text.contains("n2"), "{:?}", condition(&fake));
+    fake.server(2).used = 9 * GIB;
+    fake.run(3_000);
+    assert!(!condition(&fake).holds);
+}
+
+#[test]
+fn a_policy_that_no_volume_could_be_placed_by_says_why() {
+    let mut fake = Fake::new(2);
+    fake.run(2_000);
+    let policy = |copies| super::fake::volume(copies, 1).wishes.policy.unwrap();
+    assert_eq!(fake.leader.unsatisfiable(&policy(2)), None);
+    let why = fake.leader.unsatisfiable(&policy(3)).unwrap();
+    assert_eq!(why.to_string(), "3 copies need 3 servers that take copies, there are 2");
+    fake.server(1).up = false;
+    fake.run(5_000);
+    assert!(fake.leader.unsatisfiable(&policy(2)).is_some(), "a server that does not answer takes no copies");
+}
