@@ -52,8 +52,10 @@ cluster-tools: ## build etcd, Kubernetes, containerd, runc and the CSI sidecars 
 fmt: ## format the tree
 	cargo fmt --all
 
-golden: ## write the golden files anew (CRD manifests)
-	UPDATE_GOLDEN=1 cargo test -q -p lamina-crds
+golden: ## write the golden files anew (CRD manifests, wire frames, disk records)
+	UPDATE_GOLDEN=1 cargo test -q -p lamina-crds --test golden
+	UPDATE_GOLDEN=1 cargo test -q -p lamina-protocol --test golden
+	UPDATE_GOLDEN=1 cargo test -q -p lamina-storage-node --lib golden
 
 clean: ## remove build output
 	cargo clean

@@ -6,5 +6,6 @@
 mod cut_disk;
 mod device;
 mod failure;
+mod golden;
 mod oracle;
 mod power_cut;
