@@ -49,6 +49,9 @@ bench-short: ## the benchmark for a minute, with debug programs: only that it wo
 cluster-tools: ## build etcd, Kubernetes, containerd, runc and the CSI sidecars from Go modules, once (about 10 minutes)
 	./e2e/cluster/build-tools.sh
 
+fuzz: ## fuzz the decoders of wire, control messages and devices (SECONDS_TO_RUN=600 each, two at a time)
+	./fuzz/run.sh $${SECONDS_TO_RUN:-600}
+
 fmt: ## format the tree
 	cargo fmt --all
 
@@ -56,6 +59,7 @@ golden: ## write the golden files anew (CRD manifests, wire frames, disk records
 	UPDATE_GOLDEN=1 cargo test -q -p lamina-crds --test golden
 	UPDATE_GOLDEN=1 cargo test -q -p lamina-protocol --test golden
 	UPDATE_GOLDEN=1 cargo test -q -p lamina-storage-node --lib golden
+	UPDATE_GOLDEN=1 cargo test -q -p lamina-fuzz --test corpus
 
 clean: ## remove build output
 	cargo clean

@@ -4,6 +4,7 @@
 set -euo pipefail
 packages=(
   pkg-config libseccomp-dev gcc           # runc
+  g++                                     # libFuzzer
   e2fsprogs xfsprogs util-linux fio       # filesystems and their load
   iproute2 iptables busybox-static        # network namespaces, images
   qemu-utils libnbd-bin nbdkit            # peers for the NBD export

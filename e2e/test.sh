@@ -61,6 +61,7 @@ step clippy cargo clippy --workspace --all-targets -- -D warnings
 step tidy cargo test -p lamina-e2e --test tidy
 step protocol cargo test -p lamina-protocol -p lamina-client
 step portable ./e2e/portable.sh
+step fuzz ./fuzz/run.sh 60
 
 if [ "$quick" = no ]; then
   say "waiting for the programs of the cluster"

@@ -17,24 +17,25 @@
 //! at most [`MAX_COMMIT_BYTES`] of records, counted as 80 bytes each plus blobs. A commit that would make the catalog
 //! larger than its place is answered `NoSpace`.
 
-mod aligned;
+// What is `pub(crate)` here is for fuzz/, which takes this module as source.
+pub(crate) mod aligned;
 mod catalog;
 mod cells;
-mod codec;
+pub(crate) mod codec;
 mod core;
 mod device;
-mod disk;
-mod format;
-mod geometry;
+pub(crate) mod disk;
+pub(crate) mod format;
+pub(crate) mod geometry;
 mod inspect;
-mod journal;
+pub(crate) mod journal;
 mod probe;
-mod record;
-mod recovery;
+pub(crate) mod record;
+pub(crate) mod recovery;
 mod ring;
 mod space;
-mod superblock;
-mod table;
+pub(crate) mod superblock;
+pub(crate) mod table;
 
 #[cfg(test)]
 mod tests;

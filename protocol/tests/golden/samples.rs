@@ -76,7 +76,10 @@ pub(crate) fn map() -> VolumeMap {
         required_features: 0,
         size: 64 << 20,
         multi_session: false,
-        servers: vec![ServerEntry { id: SERVER, addresses: vec!["192.0.2.1:7700".into(), "[2001:db8::1]:7700".into()] }],
+        servers: vec![ServerEntry {
+            id: SERVER,
+            addresses: vec!["192.0.2.1:7700".into(), "[2001:db8::1]:7700".into()],
+        }],
         placements: vec![Placement { groups }],
         layers: vec![layer(LAYER, None), layer(LayerId(0x2121), Some(Generation(0x12)))],
         sessions: vec![
@@ -127,6 +130,7 @@ pub(crate) fn requests() -> Vec<RequestFrame> {
         RequestBody::Fill { layer: LAYER, group: 1, page: 0x98 },
         RequestBody::Settle { layer: LAYER, group: 1, page: 0x97 },
         RequestBody::Suspects { layer: LAYER, group: 1 },
+        RequestBody::Written { layer: LAYER, group: 1, from: 0x96 },
     ];
     bodies.into_iter().enumerate().map(|(nth, body)| request(nth as u64, body)).collect()
 }
@@ -156,6 +160,7 @@ pub(crate) fn replies() -> Vec<ReplyFrame> {
         (ReplyBody::Map { map: map() }, 0),
         (page(), 8192),
         (ReplyBody::Pages { pages: vec![1, 0x0203] }, 0),
+        (ReplyBody::Written { pages: vec![4, 0x0506], next: 0x0507 }, 0),
     ];
     bodies.extend(refusals().into_iter().map(|body| (body, 0)));
     bodies.into_iter().enumerate().map(|(nth, (body, bytes))| reply(nth as u64, body, bytes)).collect()

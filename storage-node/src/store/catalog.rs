@@ -18,6 +18,8 @@ use lamina_protocol::storage_server::medium::{CopyRecord, LayerRecord};
 use std::collections::BTreeMap;
 
 const VERSION: u32 = 1;
+/// Stack numbers are never used up; one above this was never minted.
+const MAX_STACK: u32 = u32::MAX / 2;
 const COPY_BYTES: usize = 44;
 const LAYER_BYTES: usize = 36;
 const VOLUME_BYTES: usize = 20;
@@ -215,6 +217,9 @@ impl Catalog {
             return Err(Garbled);
         }
         let mut out = Self { lease_number: r.u64()?, last_stack: r.u32()?, ..Self::default() };
+        if out.last_stack > MAX_STACK {
+            return Err(Garbled);
+        }
         for _ in 0..r.count(COPY_BYTES)? {
             out.decode_copy(&mut r)?;
         }

@@ -188,8 +188,10 @@ fn apply(
             if number >= geo.entries() {
                 return Err(None);
             }
+            // Headers between the last ever used and this one hold anything on the device: they go home, free.
+            let skipped = (table.high()..number).step_by(ENTRIES_PER_BLOCK as usize);
             table.place(number, entry, &runs);
-            table.touch(number, lsn);
+            skipped.chain([number]).for_each(|number| table.touch(number, lsn));
         }
         Redo::Slab(slab) => {
             if slab >= geo.slabs {
@@ -304,6 +306,9 @@ pub(crate) fn make_current(
         }
     }
     let catalog = loaded.catalog.encode();
+    if catalog.len() as u64 > loaded.geo.catalog_bytes {
+        return Err(DeviceError::Damaged(Damage::Catalog));
+    }
     let half = 1 - loaded.anchor.catalog_half;
     let padded = AlignedBuf::copy_of(&catalog, catalog.len().next_multiple_of(BLOCK as usize));
     disk.write(loaded.geo.catalog_at(half), &padded).map_err(io)?;

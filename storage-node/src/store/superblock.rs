@@ -179,7 +179,10 @@ impl Anchor {
             ever_in_place: r.u8()? != 0,
             boot: BootId(r.u128()?),
         };
-        let sane = found.catalog_half < 2 && found.tail.position.is_multiple_of(BLOCK);
+        // What counts up from here on never ends.
+        let counts = [found.number, found.tail.position, found.tail.sequence].iter().all(|count| *count < 1 << 62);
+        let sane =
+            found.catalog_half < 2 && found.tail.position.is_multiple_of(BLOCK) && counts && found.tail.sequence > 0;
         sane.then_some(found).ok_or(Garbled)
     }
 
