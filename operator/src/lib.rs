@@ -14,6 +14,7 @@ pub mod front;
 pub mod index;
 pub mod kubernetes;
 pub mod metrics;
+mod pv;
 pub mod replacement;
 pub mod runtime;
 pub mod store;

@@ -12,6 +12,7 @@ use lamina_csi_api::context::{CreateParameters, VolumeContext};
 use lamina_csi_api::name::{RequestName, VolumeHandle};
 use lamina_csi_api::topology::{Place, wanted_places};
 use lamina_csi_api::v1;
+use lamina_protocol::ids::VolumeId;
 use serde_json::json;
 use tonic::Status;
 
@@ -180,9 +181,9 @@ impl Volumes {
         if !volume.spec.attachments.is_empty() {
             let nodes: Vec<&str> = volume.spec.attachments.iter().map(|a| a.node.as_str()).collect();
             let nodes = nodes.join(", ");
-            return Err(Status::failed_precondition(format!(
-                "volume {name} is in use on {nodes}: detach it there first"
-            )));
+            let text = format!("volume {name} is in use on node {nodes}: delete the pods that use it first");
+            let text = crate::pv::named(&self.client, VolumeId(handle.id()), &text).await;
+            return Err(Status::failed_precondition(text));
         }
         let uid = volume.uid();
         let preconditions = Preconditions { resource_version: None, uid: uid.clone() };

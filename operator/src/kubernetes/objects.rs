@@ -18,7 +18,7 @@ use lamina_crds::translate as maps;
 use lamina_crds::volume::VolumeStatus;
 use lamina_crds::{ReplicationPolicy, StorageServer, Volume};
 use lamina_protocol::ids::VolumeId;
-use lamina_protocol::management::{Guard, Status, VolumeObject, Written};
+use lamina_protocol::management::{self, Guard, Status, VolumeObject, Written};
 use serde_json::json;
 use tokio::sync::watch;
 
@@ -27,7 +27,7 @@ use crate::directory::FINALIZER;
 use crate::index::Index;
 use crate::store::{Notice, Store, StoreError};
 use crate::summary::{PolicyDescription, ServerDescription, VolumeDescription, write_conditions};
-use crate::translate;
+use crate::{pv, translate};
 
 /// Field manager of commits.
 const COMMITS: &str = "lamina-leader-commit";
@@ -38,6 +38,7 @@ const NOTE: usize = 1000;
 
 /// The store.
 pub(super) struct Objects {
+    client: Client,
     volumes: Api<Volume>,
     servers: Api<StorageServer>,
     policies: Api<ReplicationPolicy>,
@@ -52,6 +53,7 @@ impl Objects {
         let index = Arc::new(Mutex::new(Index::default()));
         let reporter = Reporter { controller: "lamina-operator".to_owned(), instance: Some(replica.name.clone()) };
         let store = Self {
+            client: client.clone(),
             volumes: Api::all(client.clone()),
             servers: Api::all(client.clone()),
             policies: Api::all(client.clone()),
@@ -68,6 +70,21 @@ impl Objects {
 
     fn cached(&self, id: VolumeId) -> Option<Volume> {
         self.index().volume_by_id(id).cloned()
+    }
+
+    /// Of a volume that cannot be deleted because it is in use, the description names the PersistentVolume too.
+    async fn with_pv(&self, volume: VolumeId, description: &VolumeDescription) -> VolumeDescription {
+        let mut named = description.clone();
+        let in_use = |c: &&mut management::Condition| c.reason == management::Reason::InUse;
+        if let Some(condition) = named.conditions.iter_mut().find(in_use) {
+            let text = pv::named(&self.client, volume, &condition.text).await;
+            let message = &mut named.summary.message;
+            if message.as_ref() == Some(&condition.text) {
+                *message = Some(text.clone());
+            }
+            condition.text = text;
+        }
+        named
     }
 
     /// The guard's tests fail, too, on a status in which somebody else left a list out (a restored backup, say). Puts the
@@ -167,6 +184,7 @@ impl Store for Objects {
 
     async fn describe_volume(&self, volume: VolumeId, description: &VolumeDescription) -> Result<(), StoreError> {
         let Some(cached) = self.cached(volume) else { return Err(StoreError::Gone) };
+        let description = &self.with_pv(volume, description).await;
         let before = cached.status.clone().unwrap_or_default();
         let shape = {
             let index = self.index();

@@ -6,11 +6,13 @@ use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomRe
 use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams};
 use kube::runtime::wait::{await_condition, conditions};
 use kube::{Client, ResourceExt};
+use lamina_control_api::leader::{Refusal, Replace};
 use lamina_crds::volume::{AttachmentPhase, VolumeState};
-use lamina_crds::{ReplicationPolicy, StorageServer, Volume};
+use lamina_crds::{Id, ReplicationPolicy, StorageServer, Volume};
+use lamina_operator::csi;
 use lamina_operator::kubernetes::{self, Replica};
 use lamina_operator::runtime::{Ended, FailPoint};
-use lamina_protocol::ids::ClusterId;
+use lamina_protocol::ids::{ClusterId, SessionId, VolumeId};
 use lamina_test_apiserver::TestApiServer;
 use serde_json::{Value, json};
 use tokio::sync::watch;
@@ -166,6 +168,57 @@ async fn a_volume_is_placed_attached_detached_and_deleted_with_nothing_left() {
     cluster.volumes().delete("v", &DeleteParams::default()).await.unwrap();
     cluster.until("v", "deleted", |v| v.is_none()).await;
     assert_eq!(cluster.servers.all.iter().map(super::servers::Server::copies).sum::<usize>(), 0);
+    assert_eq!(leader.stop().await, Ended::Stopped);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_in_use_is_not_deleted_and_says_which_persistent_volume_and_where() {
+    let test = "a_volume_in_use_is_not_deleted_and_says_which_persistent_volume_and_where";
+    let Some(cluster) = Cluster::start(test, 2).await else { return };
+    let leader = cluster.replica("a", None);
+    cluster.create("v", json!({"lamina.dev/persistent-volume": "true"})).await;
+    cluster.healthy("v").await;
+    let pvs: Api<PersistentVolume> = Api::all(cluster.client.clone());
+    let there = |pv: Option<&PersistentVolume>| pv.is_some();
+    tokio::time::timeout(PATIENCE, await_condition(pvs, "v", there)).await.unwrap().unwrap();
+    let session = format!("{:032x}", 0xaa);
+    let wish = json!({"spec": {"attachments": [{"node": "worker-7", "session": session, "mode": "ReadWrite"}]}});
+    cluster.volumes().patch("v", &PatchParams::default(), &Patch::Merge(wish)).await.unwrap();
+    cluster.volumes().delete("v", &DeleteParams::default()).await.unwrap();
+    let says = |v: Option<&Volume>| {
+        let conditions = v.and_then(|v| v.status.as_ref()).map(|s| s.conditions.clone()).unwrap_or_default();
+        conditions.iter().any(|c| c.kind == "Deleting" && c.reason == "InUse")
+    };
+    let volume = cluster.until("v", "in use", says).await.unwrap();
+    let status = volume.status.unwrap();
+    let told = &status.conditions.iter().find(|c| c.kind == "Deleting").unwrap().message;
+    assert!(told.starts_with("PersistentVolume v: ") && told.contains("node worker-7"), "{told}");
+    assert_eq!(status.summary.unwrap().message.as_ref(), Some(told), "kubectl get shows it");
+    assert_eq!(leader.stop().await, Ended::Stopped);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn r10_a_session_is_replaced_once_in_the_wish_of_its_node() {
+    let test = "r10_a_session_is_replaced_once_in_the_wish_of_its_node";
+    let Some(cluster) = Cluster::start(test, 2).await else { return };
+    let leader = cluster.replica("a", None);
+    cluster.create("v", json!({})).await;
+    let volume = cluster.healthy("v").await.status.unwrap().volume_id.unwrap();
+    let wish = json!({"spec": {"attachments": [{"node": "n", "session": Id::of(0xaa), "mode": "ReadWrite"}]}});
+    cluster.volumes().patch("v", &PatchParams::default(), &Patch::Merge(wish)).await.unwrap();
+    let sessions = csi::sessions(cluster.client.clone(), lamina_operator::mint);
+    let volume = VolumeId(volume.value().unwrap());
+    let ask = |session: u128, node: &str| Replace { volume, session: SessionId(session), node: node.to_owned() };
+    let (once, twice) = (ask(0xaa, "n"), ask(0xaa, "n"));
+    let (a, b) = tokio::join!(sessions.replace(&once), sessions.replace(&twice));
+    let new = a.unwrap();
+    assert_eq!(b.unwrap().session, new.session, "two at once");
+    let volume = cluster.volumes().get("v").await.unwrap();
+    assert_eq!(volume.spec.attachments[0].replaced, [Id::of(0xaa)]);
+    let map = volume.status.unwrap().map.unwrap();
+    assert_eq!(map.sessions.iter().map(|s| s.id.clone()).collect::<Vec<_>>(), [Id::of(new.session.0)]);
+    let refused = sessions.replace(&ask(0xaa, "m")).await.unwrap_err();
+    assert!(matches!(refused, Refusal::NotAttached { .. }), "{refused}");
     assert_eq!(leader.stop().await, Ended::Stopped);
 }
 

@@ -216,7 +216,7 @@ impl Volume {
         }
         if !wishes.sessions.is_empty() {
             let nodes = join(wishes.sessions.iter().map(|wish| wish.node.as_str()));
-            let text = format!("volume {} is in use on {nodes}; detach it first", self.object.name);
+            let text = format!("volume {} is in use on node {nodes}; detach it there first", self.object.name);
             return Condition { kind, holds: true, reason: Reason::InUse, text };
         }
         let away = |id| if world.servers.is_alive(id) { "" } else { " (does not answer)" };
