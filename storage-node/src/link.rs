@@ -10,7 +10,9 @@ use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::time::Duration;
+use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
@@ -86,7 +88,10 @@ struct Outbox {
 
 /// An open connection.
 pub(crate) struct Link {
-    stream: TcpStream,
+    /// Until the task that reads takes it: its way of reading knows from a buffer that was not filled that the socket is
+    /// empty, and saves the system call that says so.
+    reader: Cell<Option<OwnedReadHalf>>,
+    stream: OwnedWriteHalf,
     outbox: RefCell<Outbox>,
     /// It has something to write that was not there when the batch began.
     in_batch: Cell<bool>,
@@ -98,8 +103,9 @@ pub(crate) struct Link {
 
 impl Link {
     pub(crate) fn new(stream: TcpStream) -> Self {
-        let outbox = RefCell::default();
-        Self { stream, outbox, in_batch: Cell::new(false), more: Notify::new(), room: Notify::new() }
+        let (reader, stream) = stream.into_split();
+        let (reader, outbox) = (Cell::new(Some(reader)), RefCell::default());
+        Self { reader, stream, outbox, in_batch: Cell::new(false), more: Notify::new(), room: Notify::new() }
     }
 
     /// Puts a frame behind the others. True = the link has something new to write in this batch.
@@ -195,6 +201,7 @@ impl Link {
         decode: fn(&Bytes) -> Result<F, Framing>,
         mut each_batch: impl FnMut(&mut Vec<F>),
     ) -> LinkError {
+        let mut reader = self.reader.take().expect("one task reads a connection");
         let mut buffer = BytesMut::with_capacity(READ_BYTES);
         let mut frames = Vec::new();
         let mut greeted = false;
@@ -202,7 +209,7 @@ impl Link {
             while self.is_full() {
                 self.room.notified().await;
             }
-            if let Err(error) = self.more_bytes(&mut buffer, greeted, greeting).await {
+            if let Err(error) = more_bytes(&mut reader, &mut buffer, greeted, greeting).await {
                 return error;
             }
             let taken = take_frames(&mut buffer, &mut frames, decode);
@@ -220,24 +227,26 @@ impl Link {
             }
         }
     }
+}
 
-    /// Waits for bytes and takes them: without end between frames, with patience for a greeting and within a frame.
-    async fn more_bytes(&self, buffer: &mut BytesMut, greeted: bool, greeting: Duration) -> Result<(), LinkError> {
-        loop {
-            match self.stream.try_read_buf(buffer) {
-                Ok(0) if buffer.is_empty() => return Err(LinkError::Closed),
-                Ok(0) => return Err(LinkError::Truncated),
-                Ok(_) => return Ok(()),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Err(error.into()),
-            }
-            let readable = self.stream.readable();
-            match (greeted, buffer.is_empty()) {
-                (true, true) => readable.await?,
-                (true, false) => timeout(FRAME_PATIENCE, readable).await.map_err(|_| LinkError::Stuck)??,
-                (false, _) => timeout(greeting, readable).await.map_err(|_| LinkError::NoGreeting)??,
-            }
-        }
+/// Waits for bytes and takes them: without end between frames, with patience for a greeting and within a frame.
+async fn more_bytes(
+    reader: &mut OwnedReadHalf,
+    buffer: &mut BytesMut,
+    greeted: bool,
+    greeting: Duration,
+) -> Result<(), LinkError> {
+    let between = buffer.is_empty();
+    let read = reader.read_buf(buffer);
+    let taken = match (greeted, between) {
+        (true, true) => read.await?,
+        (true, false) => timeout(FRAME_PATIENCE, read).await.map_err(|_| LinkError::Stuck)??,
+        (false, _) => timeout(greeting, read).await.map_err(|_| LinkError::NoGreeting)??,
+    };
+    match (taken, between) {
+        (0, true) => Err(LinkError::Closed),
+        (0, false) => Err(LinkError::Truncated),
+        _ => Ok(()),
     }
 }
 

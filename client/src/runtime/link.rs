@@ -9,8 +9,9 @@ use lamina_protocol::wire::{Framing, ReplyFrame, RequestFrame, frame_length, put
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
-use tokio::io::Interest;
+use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::Notify;
 
 /// A payload up to this is copied behind its header: cheaper than a segment of its own.
@@ -57,7 +58,10 @@ struct Outbox {
 
 /// An open connection.
 pub(super) struct Link {
-    stream: TcpStream,
+    /// Until the task that reads takes it: its way of reading knows from a buffer that was not filled that the socket is
+    /// empty, and saves the system call that says so.
+    reader: Cell<Option<OwnedReadHalf>>,
+    stream: OwnedWriteHalf,
     outbox: RefCell<Outbox>,
     /// It has something to write that was not there when the batch began.
     pub(super) in_batch: Cell<bool>,
@@ -67,7 +71,9 @@ pub(super) struct Link {
 
 impl Link {
     pub(super) fn new(stream: TcpStream) -> Self {
-        Self { stream, outbox: RefCell::default(), in_batch: Cell::new(false), more: Notify::new() }
+        let (reader, stream) = stream.into_split();
+        let reader = Cell::new(Some(reader));
+        Self { reader, stream, outbox: RefCell::default(), in_batch: Cell::new(false), more: Notify::new() }
     }
 
     /// Put a frame behind the others.
@@ -141,16 +147,13 @@ impl Link {
 
     /// Read what is there and hand over all whole frames of it at once. Ends with an error only.
     pub(super) async fn read_frames(&self, mut each_batch: impl FnMut(&mut Vec<ReplyFrame>)) -> LinkError {
+        let mut reader = self.reader.take().expect("one task reads a connection");
         let mut buffer = BytesMut::with_capacity(READ_BYTES);
         let mut frames = Vec::new();
         loop {
-            if let Err(error) = self.stream.ready(Interest::READABLE).await {
-                return error.into();
-            }
-            match self.stream.try_read_buf(&mut buffer) {
+            match reader.read_buf(&mut buffer).await {
                 Ok(0) => return io::Error::from(io::ErrorKind::UnexpectedEof).into(),
                 Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
                 Err(error) => return error.into(),
             }
             let missing = match take_frames(&mut buffer, &mut frames) {
