@@ -120,7 +120,12 @@ fn main() -> anyhow::Result<()> {
     let colours = std::io::stderr().is_terminal();
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
     end_at_a_panic();
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let mut runtime = match cli.command {
+        // Its requests are served on the driver's thread; what is left is seldom.
+        Command::Export(_) => tokio::runtime::Builder::new_current_thread(),
+        _ => tokio::runtime::Builder::new_multi_thread(),
+    };
+    let runtime = runtime.worker_threads(2).enable_all().build()?;
     let result = runtime.block_on(run(cli.command));
     if let Err(error) = &result {
         eprintln!("Error: {error:#}");

@@ -42,8 +42,7 @@ enum Verb {
 
 fn main() -> ExitCode {
     let Arguments { verb } = Arguments::parse();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    let result = runtime.map_err(anyhow::Error::from).and_then(|runtime| {
+    let result = runtime_for(&verb).map_err(anyhow::Error::from).and_then(|runtime| {
         let result = runtime.block_on(async {
             match verb {
                 Verb::Serve(arguments) => serve::run(arguments).await,
@@ -62,4 +61,14 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Many threads where an API server with many objects is watched. Over a directory one does all: handing work from thread
+/// to thread is most of what idle volumes would cost there.
+fn runtime_for(verb: &Verb) -> std::io::Result<tokio::runtime::Runtime> {
+    let mut builder = match verb {
+        Verb::Serve(arguments) if arguments.over_kubernetes() => tokio::runtime::Builder::new_multi_thread(),
+        _ => tokio::runtime::Builder::new_current_thread(),
+    };
+    builder.enable_all().build()
 }

@@ -65,6 +65,13 @@ pub(crate) struct Arguments {
     die_at: Option<FailPoint>,
 }
 
+impl Arguments {
+    /// Whether the objects are in Kubernetes.
+    pub(crate) fn over_kubernetes(&self) -> bool {
+        self.kubernetes
+    }
+}
+
 struct Wired {
     front: Front,
     metrics: Metrics,
