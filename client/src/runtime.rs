@@ -39,8 +39,8 @@ pub struct Options {
     pub cluster: ClusterId,
     /// Volume, session, first stage or take-over.
     pub driver: driver::Config,
-    /// Read from this server where its member is as good as another one (locality).
-    pub prefer: Option<ServerId>,
+    /// Read from these servers, nearest first, where their members are as good as others (locality).
+    pub prefer: Vec<ServerId>,
     /// Committed maps as they become known; `None` = none yet. Older ones are ignored by the driver.
     pub maps: watch::Receiver<Option<VolumeMap>>,
     /// For the leader. A report that finds it full is dropped and counted: the driver repeats what stays wrong.

@@ -13,7 +13,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::condition::Condition;
-use crate::schema::{MOST, power_of_two_size, rule, size_between};
+use crate::schema::{MOST, power_of_two_size, size_between};
 use crate::size::Size;
 
 /// How volumes are spread. The shape (copies, stripeWidth, chunk, pageSize, topologySpread) cannot be changed after
@@ -77,13 +77,6 @@ use crate::size::Size;
         priority = 1
     ),
     printcolumn(
-        name = "Unavailable",
-        type_ = "string",
-        json_path = ".spec.onUnavailable.action",
-        description = "What I/O does while no copy can serve",
-        priority = 1
-    ),
-    printcolumn(
         name = "Rebuild-After",
         type_ = "integer",
         json_path = ".spec.rebuildAfterSeconds",
@@ -133,9 +126,6 @@ pub struct ReplicationPolicySpec {
     #[serde(default = "hundred")]
     #[schemars(range(min = 1, max = 10_000))]
     pub overcommit_percent: i32,
-    /// What I/O does while some piece of a volume has no copy that may serve.
-    #[serde(default)]
-    pub on_unavailable: OnUnavailable,
     /// Seconds that a copy's server may be away before the copy is made anew elsewhere, if there is room; 0 to 604800
     /// (a week). A server that comes back sooner is filled with what it missed.
     #[serde(default = "ten_minutes")]
@@ -176,34 +166,6 @@ pub struct Parity {
     /// Members that hold parity, 1 to 4: as many may be lost without losing data.
     #[schemars(range(min = 1, max = 4))]
     pub parity: i32,
-}
-
-/// What I/O does while some piece of a volume has no copy that may serve.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-#[schemars(extend("x-kubernetes-validations" = [
-    rule("self.action != 'Error' || has(self.afterSeconds)", "onUnavailable: action Error needs afterSeconds, the seconds that I/O waits before it fails"),
-    rule("self.action != 'Park' || !has(self.afterSeconds)", "onUnavailable: action Park waits without end, so leave afterSeconds out"),
-]))]
-pub struct OnUnavailable {
-    /// Park = I/O waits until a copy serves again; Error = it fails with an I/O error after afterSeconds, and from then on
-    /// the attachment gives errors until it is made anew.
-    #[serde(default)]
-    pub action: UnavailableAction,
-    /// With action Error: seconds that I/O waits before it fails, 1 to 86400.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1, max = 86_400))]
-    pub after_seconds: Option<i64>,
-}
-
-/// What I/O does while no copy may serve.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
-pub enum UnavailableAction {
-    /// Waits.
-    #[default]
-    Park,
-    /// Fails after a while.
-    Error,
 }
 
 /// How much filling copies may take.

@@ -194,7 +194,7 @@ pub struct AttachmentWish {
     /// Sessions of this attachment that the node had replaced since (after a reboot, a lost device), oldest first: the
     /// VolumeAttachment still names the first. Of a long list only the first and the last are kept.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 8))]
+    #[schemars(length(max = 8), extend("x-kubernetes-list-type" = "atomic"))]
     pub replaced: Vec<Id>,
 }
 

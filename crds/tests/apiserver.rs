@@ -28,7 +28,6 @@ async fn a_policy_is_taken_only_with_a_shape_that_can_be_and_keeps_it() {
         json!({"copies": 1}),
         json!({"copies": 5, "stripeWidth": 16, "chunk": "64Ki", "pageSize": "4Mi", "topologySpread": "RequireZones"}),
         json!({"copies": 2, "chunk": 65536, "pageSize": 65536}),
-        json!({"copies": 2, "onUnavailable": {"action": "Error", "afterSeconds": 30}}),
         json!({"copies": 2, "rebuildLimit": {"bytesPerSecond": "200Mi", "parallelPages": 4}, "locality": "None"}),
     ];
     for spec in good {
@@ -48,8 +47,6 @@ async fn a_policy_is_taken_only_with_a_shape_that_can_be_and_keeps_it() {
         (json!({"copies": 2, "overcommitPercent": 0}), "greater than or equal to 1"),
         (json!({"copies": 2, "topologySpread": "Rack"}), "supported values"),
         (json!({"copies": 2, "parity": {"data": 4, "parity": 2}}), "parity is not supported yet"),
-        (json!({"copies": 2, "onUnavailable": {"action": "Error"}}), "needs afterSeconds"),
-        (json!({"copies": 2, "onUnavailable": {"action": "Park", "afterSeconds": 3}}), "leave afterSeconds out"),
         (json!({"copies": 2, "rebuildLimit": {"bytesPerSecond": "1k"}}), "from 1Mi to 100Gi"),
     ];
     for (spec, words) in bad {

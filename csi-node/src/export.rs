@@ -93,7 +93,8 @@ pub async fn export(options: Options, mut shutdown: watch::Receiver<bool>) -> Re
     tokio::spawn(leader::follow(Whereabouts::Fixed(options.leader.clone()), options.volume, newest));
     let (reports, reported) = mpsc::channel(MAX_REPORTS);
     tokio::spawn(leader::report(Whereabouts::Fixed(options.leader.clone()), reported));
-    let opener = ClusterOpener { cluster: options.cluster, reports };
+    let (_, near) = watch::channel(Vec::new());
+    let opener = ClusterOpener { cluster: options.cluster, reports, near };
     let (volume, session, start) = (options.volume, options.session, options.start);
     let on_superseded = Arc::new(|| std::process::exit(crate::serve::SUPERSEDED));
     let driver = opener.open(Wish { volume, session, start, maps, on_superseded })?;

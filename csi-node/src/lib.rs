@@ -12,6 +12,7 @@ pub mod holder;
 pub mod host;
 pub mod leader;
 pub mod metrics;
+mod near;
 pub mod node;
 pub mod objects;
 pub mod opener;

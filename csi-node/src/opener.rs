@@ -5,7 +5,7 @@ use lamina_client::block::{BlockError, BlockOp, BlockRequest, BlockResult, Block
 use lamina_client::runtime::{Clock, Metrics, OpenError, Options, Status, SteadyClock, Volume};
 use lamina_protocol::control::DriverReport;
 use lamina_protocol::driver::Config;
-use lamina_protocol::ids::{ClusterId, SessionId, VolumeId};
+use lamina_protocol::ids::{ClusterId, ServerId, SessionId, VolumeId};
 use lamina_protocol::limits::KEPT_WRITES_BYTES;
 use lamina_protocol::map::VolumeMap;
 use lamina_protocol::time::Millis;
@@ -86,6 +86,8 @@ pub struct ClusterOpener {
     pub cluster: ClusterId,
     /// For the leader.
     pub reports: mpsc::Sender<DriverReport>,
+    /// The storage servers on this node and in its zone, nearest first, as far as they are known.
+    pub near: watch::Receiver<Vec<ServerId>>,
 }
 
 impl Opener for ClusterOpener {
@@ -96,7 +98,7 @@ impl Opener for ClusterOpener {
         let volume = Volume::open(Options {
             cluster: self.cluster,
             driver,
-            prefer: None,
+            prefer: self.near.borrow().clone(),
             maps: wish.maps,
             reports: self.reports.clone(),
             on_exit: Box::new(move || on_superseded()),

@@ -8,6 +8,7 @@ use crate::device::DeviceKind;
 use crate::host::linux::LinuxHost;
 use crate::leader::{self, MAX_REPORTS, Whereabouts};
 use crate::metrics::{self, Shown};
+use crate::near;
 use crate::node::{Node, NodeError, Parts, Patience};
 use crate::objects::kubernetes::KubeObjects;
 use crate::opener::ClusterOpener;
@@ -106,7 +107,11 @@ pub async fn serve(options: Options, client: Client, shutdown: watch::Receiver<b
             whereabouts: Whereabouts::lease(client.clone(), &options.namespace),
             node: options.node.clone(),
         }),
-        opener: Arc::new(ClusterOpener { cluster: options.cluster, reports }),
+        opener: Arc::new(ClusterOpener {
+            cluster: options.cluster,
+            reports,
+            near: near::follow(client.clone(), options.node.as_str()),
+        }),
         host: Arc::new(LinuxHost::new(options.device, options.holder.clone(), options.node.as_str())),
         records: Records::open(&directory)?,
         exit: Arc::new(|| std::process::exit(SUPERSEDED)),

@@ -4,10 +4,11 @@
 //! volume.
 
 use kube::ResourceExt;
-use lamina_crds::replication_policy::{Locality, ReplicationPolicy, TopologySpread};
+use lamina_crds::replication_policy::{Locality, RebuildLimit, ReplicationPolicy, TopologySpread};
 use lamina_crds::translate::{self as maps, Unreadable};
 use lamina_crds::volume::{AccessMode, AttachmentWish, Shape, Volume};
 use lamina_crds::{Id, Size, StorageServer};
+use lamina_protocol::control::FillLimit;
 use lamina_protocol::ids::{CopyId, Generation, ServerId, SessionId, VolumeId};
 use lamina_protocol::management::{
     Condition, ConditionKind, Force, Policy, ServerObject, SessionWish, Status, VolumeObject, Wishes, ZoneSpread,
@@ -94,7 +95,14 @@ fn policy_of(shape: Option<&Shape>, policy: Option<&ReplicationPolicy>) -> Resul
         locality: spec.is_none_or(|s| s.locality == Locality::PreferLocal),
         overcommit_percent: spec.map_or(Ok(100), |s| number(s.overcommit_percent.into(), "overcommitPercent"))?,
         rebuild_after_ms: rebuild_after_ms.map_or(DEFAULT_REBUILD_AFTER_MS, |s| s.saturating_mul(1000)),
+        fill_limit: spec.map(|s| fill_limit(&s.rebuild_limit)).transpose()?.unwrap_or_default(),
     }))
+}
+
+fn fill_limit(limit: &RebuildLimit) -> Result<FillLimit, Unreadable> {
+    let bytes = limit.bytes_per_second.as_ref().map(|size| bytes(size, "spec.rebuildLimit.bytesPerSecond"));
+    let pages = limit.parallel_pages.map(|n| number(n.into(), "spec.rebuildLimit.parallelPages"));
+    Ok(FillLimit { bytes_per_second: bytes.transpose()?.unwrap_or(0), pages: pages.transpose()?.unwrap_or(0) })
 }
 
 /// The shape that a volume takes over from its policy.
@@ -209,10 +217,12 @@ mod tests {
                            "topologySpread": "RequireZones"});
         let spec = json!({"size": "1Gi", "policy": "p"});
         let placed = volume(spec.clone(), json!({"volumeId": id(1), "shape": shape}));
-        let anew = policy(json!({"copies": 1, "rebuildAfterSeconds": 7}));
+        let limit = json!({"bytesPerSecond": "2Mi", "parallelPages": 3});
+        let anew = policy(json!({"copies": 1, "rebuildAfterSeconds": 7, "rebuildLimit": limit}));
         let wished = volume_object(&placed, Some(&anew), "", false).unwrap().unwrap().wishes.policy.unwrap();
         assert_eq!((wished.copies, wished.groups, wished.zones), (3, 4, ZoneSpread::Require));
         assert_eq!(wished.rebuild_after_ms, 7000, "what is no shape holds at once");
+        assert_eq!(wished.fill_limit, FillLimit { bytes_per_second: 2 << 20, pages: 3 });
         let unplaced = volume(spec, json!({"volumeId": id(1)}));
         let wished = volume_object(&unplaced, Some(&anew), "", false).unwrap().unwrap().wishes;
         assert_eq!(wished.policy.unwrap().copies, 1);

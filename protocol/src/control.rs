@@ -68,6 +68,23 @@ pub enum ControlRequest {
     },
     /// Every copy on this server (orphans, R6, R14).
     Inventory,
+    /// How much fills of this volume may take here, from now on; forgotten with the process. No generation: it decides
+    /// nothing but a pace.
+    LimitFills {
+        /// Whose.
+        volume: VolumeId,
+        /// How much.
+        limit: FillLimit,
+    },
+}
+
+/// What fills of one volume may take at one server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct FillLimit {
+    /// Bytes per second that are pulled; 0 = no limit but that client requests go first.
+    pub bytes_per_second: u64,
+    /// Pages that are pulled at the same time, 1 to 64; 0 = as the server does by itself.
+    pub pages: u32,
 }
 
 /// Step 3 of §3.
@@ -278,8 +295,10 @@ wire_enum!(ControlRequest {
     6 = DeleteCopy { volume, copy, generation },
     7 = GetVolume { volume },
     8 = Inventory,
+    9 = LimitFills { volume, limit },
     3 = Fence(fence),
 });
+wire_struct!(FillLimit { bytes_per_second, pages });
 wire_struct!(Fence { volume, generation, flush, unsync });
 wire_enum!(ControlReply {
     1 = Alive(alive),

@@ -218,7 +218,7 @@ enum Replay {
 #[derive(Debug)]
 pub struct Driver {
     config: Config,
-    prefer: Option<ServerId>,
+    near: Vec<ServerId>,
     phase: Phase,
     replay: Replay,
     view: Option<Arc<View>>,
@@ -268,7 +268,7 @@ impl Driver {
     pub fn new(config: Config) -> Self {
         let resume = config.start == Start::Resume;
         Self {
-            prefer: None,
+            near: Vec::new(),
             phase: Phase::Discovering,
             replay: if resume && !on(Mutant::ResumeIsFresh) { Replay::Running } else { Replay::Over },
             view: None,
@@ -303,9 +303,10 @@ impl Driver {
         }
     }
 
-    /// Read from this server where its member is as good as another one (locality).
-    pub fn prefer(&mut self, server: Option<ServerId>) {
-        self.prefer = server;
+    /// Read from these servers, nearest first, where their members are as good as others (locality). Holds from the next
+    /// map on.
+    pub fn prefer(&mut self, near: Vec<ServerId>) {
+        self.near = near;
     }
 
     /// Something happened; appends what is to be done. Nothing comes after [`Output::Exit`].

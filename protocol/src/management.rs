@@ -33,6 +33,7 @@ mod diverged;
 mod goal;
 mod heartbeat;
 pub mod object;
+mod pace;
 pub mod placement;
 pub mod plan;
 mod reconfigure;

@@ -106,6 +106,8 @@ enum Due {
     Behind(VolumeId),
     /// Begin fills, settles and repairs that a map calls for, or try them again.
     Pulls(VolumeId),
+    /// A fill that keeps its pace goes on.
+    Fill(CopyId),
 }
 
 /// Who waits for the answer of a medium operation.
@@ -189,6 +191,7 @@ impl StorageServer {
                 Due::Clear(volume) => self.clear_due(volume),
                 Due::Behind(volume) => self.behind_due(volume),
                 Due::Pulls(volume) => self.start_pulls(volume),
+                Due::Fill(copy) => self.fill_due(copy),
             }
         }
         let next = self.timers.first().map_or(Millis::NEVER, |(at, _)| *at);

@@ -101,7 +101,7 @@ impl Bench {
                 start: Start::Fresh,
                 kept_bytes: lamina_protocol::limits::KEPT_WRITES_BYTES,
             },
-            prefer: None,
+            prefer: Vec::new(),
             maps: map_source,
             reports: report_sink,
             on_exit: Box::new(move || exit.send(()).unwrap()),

@@ -40,6 +40,7 @@ impl Store {
             locality: true,
             overcommit_percent: 1_000_000,
             rebuild_after_ms: setup.rebuild_after_ms,
+            fill_limit: Default::default(),
         };
         let wishes = Wishes {
             size: setup.blocks * 4096,

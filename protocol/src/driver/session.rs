@@ -24,7 +24,7 @@ impl Driver {
         if !newer || self.phase == Phase::Ended {
             return;
         }
-        let view = Arc::new(View::new(map, self.config.session, self.prefer));
+        let view = Arc::new(View::new(map, self.config.session, &self.near));
         let older = self.view.replace(view.clone());
         if !self.take_standing(&view) {
             return;

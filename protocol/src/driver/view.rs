@@ -42,11 +42,12 @@ pub(super) struct View {
 }
 
 impl View {
-    /// Of a valid map. `prefer` is read first where it is as good as another (locality).
-    pub(super) fn new(map: VolumeMap, session: SessionId, prefer: Option<ServerId>) -> Self {
+    /// Of a valid map. Of members that are as good as each other those on servers that are named first in `near` are read
+    /// first (locality).
+    pub(super) fn new(map: VolumeMap, session: SessionId, near: &[ServerId]) -> Self {
         let top = *map.top();
         let groups = &map.placements[top.placement as usize].groups;
-        let routes = groups.iter().map(|group| Route::new(group, prefer)).collect();
+        let routes = groups.iter().map(|group| Route::new(group, near)).collect();
         let session = map.session(session).map(|s| Listed {
             mode: s.mode,
             standing: s.standing,
@@ -94,11 +95,12 @@ impl View {
 }
 
 impl Route {
-    fn new(group: &Group, prefer: Option<ServerId>) -> Self {
+    fn new(group: &Group, near: &[ServerId]) -> Self {
         let reads =
             |m: &&Member| m.state == MemberState::Active || on(Mutant::SyncingRead) && m.state == MemberState::Syncing;
         let mut active: Vec<_> = group.members.iter().filter(reads).collect();
-        active.sort_by_key(|m| (m.avoid, Some(m.server) != prefer)); // stable: map order within
+        let distance = |m: &Member| near.iter().position(|id| *id == m.server).unwrap_or(usize::MAX);
+        active.sort_by_key(|m| (m.avoid, distance(m))); // stable: map order within
         let gets = |m: &&Member| m.state == MemberState::Active || !on(Mutant::SyncingNotWritten);
         let writers: Vec<_> = group.writers().filter(gets).collect();
         Self {

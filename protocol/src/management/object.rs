@@ -4,6 +4,7 @@
 //! whole, and only if generation, proposal and retired copies are still those of the [`Guard`]. Nobody but the leader
 //! writes them. Everything else in an object belongs to others.
 
+use crate::control::FillLimit;
 use crate::ids::{CopyId, Generation, ServerId, SessionId, VolumeId};
 use crate::map::{AccessMode, MemberState, Standing, VolumeMap};
 use crate::mutants::{Mutant, on};
@@ -92,6 +93,8 @@ pub struct Policy {
     pub overcommit_percent: u32,
     /// A member away for so long is replaced if there is room, milliseconds.
     pub rebuild_after_ms: u64,
+    /// What fills of a volume may take at each server.
+    pub fill_limit: FillLimit,
 }
 
 /// How the copies of a group go over zones.

@@ -199,6 +199,7 @@ mod tests {
             locality: false,
             overcommit_percent: 100,
             rebuild_after_ms: 60_000,
+            fill_limit: Default::default(),
         }
     }
 

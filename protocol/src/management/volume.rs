@@ -7,6 +7,7 @@ use super::condition::{Condition, Event, EventReason};
 use super::diverged::Doubt;
 use super::heartbeat::Servers;
 use super::object::{Guard, Purpose, Status, VolumeObject, WriteKind};
+use super::pace::Pace;
 use super::reconfigure::Change;
 use super::serve::{Deleting, Served};
 use super::{CallId, Output, Source, Step, Written};
@@ -34,6 +35,7 @@ pub(super) enum What {
     Serve(Generation),
     Delete(CopyId),
     Ask,
+    Limit,
 }
 
 /// A call that was not answered yet.
@@ -155,6 +157,8 @@ pub(super) struct Volume {
     pub(super) refusal: Option<super::placement::Refusal>,
     pub(super) hold: Option<super::plan::Hold>,
     pub(super) told_progress: (Millis, Vec<crate::control::CopyProgress>),
+    /// What servers were told of the pace of fills.
+    pub(super) paces: BTreeMap<ServerId, Pace>,
 }
 
 impl Volume {
@@ -190,6 +194,7 @@ impl Volume {
             refusal: None,
             hold: None,
             told_progress: (Millis(0), Vec::new()),
+            paces: BTreeMap::new(),
         };
         volume.found(now);
         volume
@@ -339,6 +344,7 @@ impl Volume {
             What::Serve(generation) => self.serve_answered(world, call.server, generation, reply),
             What::Delete(copy) => self.delete_answered(world, copy, reply),
             What::Ask => self.ask_answered(call.server, reply),
+            What::Limit => self.limit_answered(call.server, reply),
             What::Put(copy) => self.put_answered(world, copy, call.server, reply),
             What::Flush => self.flush_answered(call.server),
             What::Fence(generation) => self.fence_answered(world, call.server, generation, reply),
@@ -373,6 +379,7 @@ impl Volume {
             if self.write.is_none() && self.change.is_none() {
                 self.take_up(world);
             }
+            self.limit_fills(world);
             self.serve(world);
         }
         self.show(world);

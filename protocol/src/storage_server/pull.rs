@@ -14,11 +14,12 @@ use super::medium::{MediumAnswer, MediumOp, Record};
 use super::page_ops::{Exec, Work};
 use super::report::settle_in;
 use super::{Due, Owner, StorageServer};
-use crate::control::SettleName;
+use crate::control::{ControlReply, FillLimit, SettleName};
 use crate::ids::{CopyId, Generation, Incarnation, LayerId, OpenNumber, ServerId, VolumeId};
 use crate::layer::{BLOCK_BYTES, PageKey};
 use crate::map::{Group, Member, MemberState, VolumeMap};
 use crate::mutants::{Mutant, on};
+use crate::time::Millis;
 use crate::wire::{
     Class, HandleId, Opener, ReplyBody, ReplyFrame, RequestBody, RequestFrame, RequestHeader, RequestId, Start,
 };
@@ -62,6 +63,10 @@ pub(super) struct Pull {
     flushing: Option<(Vec<u64>, u64)>,
     /// Pages of a settle that are not yet durable.
     left: u64,
+    /// The pace of a fill: nothing more is asked for before this, microseconds.
+    paced_until_us: u64,
+    /// A timer is set for that.
+    waits: bool,
 }
 
 /// What a pull is for.
@@ -180,6 +185,8 @@ impl StorageServer {
             applied: Vec::new(),
             flushing: None,
             left: u64::MAX,
+            paced_until_us: 0,
+            waits: false,
         })
     }
 
@@ -292,8 +299,12 @@ impl StorageServer {
         pull.applying.insert(page);
         let known = self.known(volume);
         let Some(held) = known.copies.get_mut(&copy) else { return };
-        held.filled_bytes += apply.payload.len() as u64;
+        let came = apply.payload.len() as u64;
+        held.filled_bytes += came;
         let (Some(boot), page_bytes) = (held.boot, held.layers[&layer].page_bytes) else { return };
+        if mode == Mode::Fill {
+            self.pace(copy, came);
+        }
         let key = PageKey { copy, layer, page };
         let blocks = 0..page_bytes / BLOCK_BYTES;
         self.begin(Exec::new(volume, boot, key, blocks, Work::Apply(apply)));
@@ -334,12 +345,61 @@ impl StorageServer {
         }
     }
 
+    pub(super) fn limit_fills(&mut self, volume: VolumeId, limit: FillLimit) -> ControlReply {
+        let Some(known) = self.volumes.get_mut(&volume) else { return ControlReply::NoCopy { copy: CopyId::NONE } };
+        known.fill_limit = limit;
+        ControlReply::Done
+    }
+
+    fn fill_limit(&self, pull: &Pull) -> FillLimit {
+        self.volumes.get(&pull.volume).map(|v| v.fill_limit).unwrap_or_default()
+    }
+
+    /// So many bytes came: the next page waits for as long as they may take.
+    fn pace(&mut self, copy: CopyId, bytes: u64) {
+        let now_us = self.now.0 * 1000;
+        let Some(pull) = self.pulls.get(&copy) else { return };
+        let cost = (bytes * 1_000_000).checked_div(self.fill_limit(pull).bytes_per_second).unwrap_or(0);
+        if let Some(pull) = self.pulls.get_mut(&copy) {
+            pull.paced_until_us = pull.paced_until_us.max(now_us) + cost;
+        }
+    }
+
+    /// Whether the pace of a fill lets it ask for more now; sets a timer if not.
+    fn may_ask(&mut self, copy: CopyId) -> bool {
+        let now_us = self.now.0 * 1000;
+        let Some(pull) = self.pulls.get_mut(&copy) else { return false };
+        if pull.paced_until_us <= now_us {
+            return true;
+        }
+        let at = Millis(pull.paced_until_us.div_ceil(1000));
+        if !std::mem::replace(&mut pull.waits, true) {
+            self.due(at, Due::Fill(copy));
+        }
+        false
+    }
+
+    /// A fill waited for its pace.
+    pub(super) fn fill_due(&mut self, copy: CopyId) {
+        if let Some(pull) = self.pulls.get_mut(&copy) {
+            pull.waits = false;
+            self.go_on(copy);
+        }
+    }
+
     /// The next page to ask for within the window. A fill skips what neither side has.
     fn next_wanted(&mut self, copy: CopyId) -> Option<u64> {
-        let pull = self.pulls.get_mut(&copy)?;
-        if pull.stage != Stage::Running || pull.asked.len() + pull.applying.len() >= WINDOW_PAGES {
+        let pull = self.pulls.get(&copy)?;
+        // A settle holds sessions and a repair is one page: neither is slowed down.
+        let window = match (pull.kind, self.fill_limit(pull).pages) {
+            (Kind::Fill, 1..) => self.fill_limit(pull).pages as usize,
+            _ => WINDOW_PAGES,
+        };
+        let under_way = pull.asked.len() + pull.applying.len();
+        if pull.stage != Stage::Running || under_way >= window || !self.may_ask(copy) {
             return None;
         }
+        let pull = self.pulls.get_mut(&copy)?;
         if let Some(page) = pull.todo.pop_front() {
             return Some(page);
         }

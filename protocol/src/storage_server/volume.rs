@@ -9,7 +9,7 @@ use super::medium::{CopyRecord, LayerRecord, Record};
 use super::pending::Pending;
 use super::reconfigure::Change;
 use crate::codec::{DecodeError, Wire, decode, encode, wire_struct};
-use crate::control::SettleName;
+use crate::control::{FillLimit, SettleName};
 use crate::ids::{BootId, CopyId, DeviceId, Generation, Incarnation, LayerId, OpenNumber, Seq, ServerId, SessionId};
 use crate::layer::PageKey;
 use crate::map::{Member, MemberState, VolumeMap};
@@ -48,6 +48,8 @@ pub(super) struct Volume {
     pub(super) behind: Option<Generation>,
     /// Connections whose `Open` was ahead of this server: they get the next map that is stored, as open sessions do.
     pub(super) ahead: BTreeSet<ConnId>,
+    /// What fills may take, as the leader said last.
+    pub(super) fill_limit: FillLimit,
 }
 
 /// What is known of a session.

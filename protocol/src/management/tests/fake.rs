@@ -43,6 +43,8 @@ pub(super) struct FakeServer {
     pub(super) sessions: Vec<(SessionId, (Incarnation, Generation))>,
     pub(super) copies: BTreeMap<CopyId, FakeCopy>,
     pub(super) fences: Vec<Fence>,
+    /// Paces that it was told, with the generation stored then.
+    pub(super) limits: Vec<(Generation, FillLimit)>,
 }
 
 impl FakeServer {
@@ -66,6 +68,7 @@ impl FakeServer {
             sessions: Vec::new(),
             copies: BTreeMap::new(),
             fences: Vec::new(),
+            limits: Vec::new(),
         }
     }
 
@@ -247,6 +250,10 @@ impl FakeServer {
                 ControlReply::Done
             }
             ControlRequest::PrepareFlush { .. } => ControlReply::Done,
+            ControlRequest::LimitFills { limit, .. } => {
+                self.limits.push((self.stored(), limit));
+                ControlReply::Done
+            }
             ControlRequest::DeleteCopy { generation, .. } if generation < self.promised.max(self.stored()) => {
                 ControlReply::Refused { promised: self.promised, stored: self.stored() }
             }
@@ -548,6 +555,7 @@ pub(super) fn volume(copies: u8, groups: u8) -> VolumeObject {
         locality: false,
         overcommit_percent: 100,
         rebuild_after_ms: 60_000,
+        fill_limit: Default::default(),
     };
     let wishes = Wishes {
         size: GIB,

@@ -2,6 +2,7 @@
 
 use super::super::*;
 use super::fake::{Fake, GIB, V, drained, volume};
+use crate::control::FillLimit;
 use crate::ids::*;
 use crate::map::*;
 
@@ -253,4 +254,25 @@ fn a_policy_that_no_volume_could_be_placed_by_says_why() {
     fake.server(1).up = false;
     fake.run(5_000);
     assert!(fake.leader.unsatisfiable(&policy(2)).is_some(), "a server that does not answer takes no copies");
+}
+
+#[test]
+fn a_server_that_fills_is_told_the_policys_pace_before_the_map_and_again_when_it_changes() {
+    let limit = |bytes_per_second| FillLimit { bytes_per_second, pages: 2 };
+    let mut fake = Fake::with_volume(2, 2, 1);
+    fake.wish(|wishes| wishes.policy.as_mut().unwrap().fill_limit = limit(1 << 20));
+    fake.run(2_000);
+    assert!(fake.server(1).limits.is_empty() && fake.server(2).limits.is_empty(), "nobody fills");
+    fake.server(2).fills = false;
+    fake.server(2).restart();
+    fake.run(10_000);
+    assert_eq!(fake.group(0), "1A 2S");
+    let told = fake.server(2).limits.clone();
+    assert_eq!((told.len(), told[0].1), (1, limit(1 << 20)));
+    assert!(told[0].0 < fake.map().generation, "before it stored the map that makes it fill");
+    assert!(fake.server(1).limits.is_empty());
+    fake.wish(|wishes| wishes.policy.as_mut().unwrap().fill_limit = limit(5 << 20));
+    fake.run(2_000);
+    assert_eq!(fake.server(2).limits.last().unwrap().1, limit(5 << 20));
+    assert_eq!(fake.server(2).limits.len(), 2, "once");
 }

@@ -213,3 +213,30 @@ fn i8_only_a_map_that_raises_the_loss_trusts_what_is_behind() {
     assert_eq!(net.control(1, ControlRequest::Serve { map: wrong }), ControlReply::Done);
     assert_eq!(net.fence(1, 7, vec![]).copies[0].unsynced, 16, "a map that a plan never makes trusts nothing");
 }
+
+#[test]
+fn a_fill_keeps_to_its_pace_and_its_window() {
+    let (mut net, first) = rejoining();
+    for page in 0..16 {
+        net.ask(0, first, 4, write_at(page, 0), vec![7; 65536].into());
+    }
+    let limit = FillLimit { bytes_per_second: 4 * 65536, pages: 1 };
+    assert_eq!(net.control(1, ControlRequest::LimitFills { volume: VOLUME, limit }), ControlReply::Done);
+    net.cut = false;
+    net.restart_pulls();
+    let filled = |net: &Net| {
+        let pages = (0..16).filter(|page| bytes_of(net, 1, *page).is_some_and(|bytes| bytes[9000] == 7));
+        pages.count()
+    };
+    let mut counts = vec![filled(&net)];
+    for _ in 0..15 {
+        net.advance(125);
+        counts.push(filled(&net));
+        net.advance(125);
+        counts.push(filled(&net));
+    }
+    let paced: Vec<_> = (0..=30).map(|eighth| 1 + eighth / 2).collect();
+    assert_eq!(counts, paced, "four pages a second");
+    let report = net.fence(1, 5, vec![]);
+    assert_eq!(report.copies[0].unsynced, 0);
+}
