@@ -3,7 +3,7 @@
 # Rust (see rust-version in Cargo.toml) and Go are expected to be there.
 set -euo pipefail
 packages=(
-  pkg-config libseccomp-dev gcc           # runc
+  pkg-config libseccomp-dev gcc libc6-dev # runc, the linker
   g++                                     # libFuzzer
   e2fsprogs xfsprogs util-linux fio       # filesystems and their load
   iproute2 iptables busybox-static        # network namespaces, images

@@ -94,6 +94,8 @@ pub type Progress<'a> = &'a dyn Fn(&str);
 pub struct Cluster {
     layout: Layout,
     tools: Tools,
+    /// Of somebody else's cluster: it has no node of ours, so all that needs its machine answers that there is none.
+    foreign: Option<PathBuf>,
 }
 
 #[derive(Debug, serde::Serialize, serde::Deserialize)]
@@ -110,7 +112,7 @@ impl Cluster {
     pub fn up(dir: PathBuf, tools: &Tools, nodes: u8, progress: Progress<'_>) -> Result<Self, ClusterError> {
         let _alone = alone(&dir)?;
         let layout = prepare(dir, tools, nodes)?;
-        let cluster = Self { layout, tools: tools.clone() };
+        let cluster = Self { layout, tools: tools.clone(), foreign: None };
         let layout = &cluster.layout;
         step(progress, "certificates and network", || {
             certificates::make(layout)?;
@@ -142,7 +144,21 @@ impl Cluster {
     pub fn open(dir: &Path) -> Result<Self, ClusterError> {
         let dir = dir.canonicalize().map_err(|_| ClusterError::None(dir.to_path_buf()))?;
         let state = read_state(&dir)?.ok_or_else(|| ClusterError::None(dir.clone()))?;
-        Ok(Self { layout: Layout { dir, slot: state.slot, nodes: state.nodes }, tools: Tools::find()? })
+        let layout = Layout { dir, slot: state.slot, nodes: state.nodes };
+        Ok(Self { layout, tools: Tools::find()?, foreign: None })
+    }
+
+    /// A cluster that somebody else runs, through a kubeconfig; files of the caller go into `dir`. [`Cluster::kubectl`] and
+    /// [`Cluster::apply`] work as on an own one; there is no machine to cut, signal or import images into.
+    #[must_use]
+    pub fn existing(kubeconfig: PathBuf, dir: PathBuf, tools: Tools) -> Self {
+        Self { layout: Layout { dir, slot: 0, nodes: 0 }, tools, foreign: Some(kubeconfig) }
+    }
+
+    /// Whether `up` made it, on this machine.
+    #[must_use]
+    pub fn is_own(&self) -> bool {
+        self.foreign.is_none()
     }
 
     /// Removes everything that the cluster of this state directory has made, also after a crash, and looks that nothing of it is
@@ -191,7 +207,7 @@ impl Cluster {
     /// The administrator's kubeconfig.
     #[must_use]
     pub fn kubeconfig(&self) -> PathBuf {
-        self.layout.kubeconfig()
+        self.foreign.clone().unwrap_or_else(|| self.layout.kubeconfig())
     }
 
     /// Runs kubectl as administrator and returns what it printed.

@@ -265,6 +265,8 @@ fn kubelet(layout: &Layout, node: NodeId) -> serde_json::Value {
         // Heard from every 2 s: the controller manager's grace period is set to match.
         "nodeLeaseDurationSeconds": 8,
         "nodeStatusUpdateFrequency": "4s",
+        // How often a pod's volumes are looked at again, for one: a filesystem grows then.
+        "syncFrequency": "10s",
         "registerNode": true,
     })
 }

@@ -34,13 +34,17 @@ pub fn payload(client: u32, n: u64) -> String {
     words.collect()
 }
 
-/// How to reach the database of a pod.
+/// How to reach the database of a pod: at a host, or at `host:port`.
 #[must_use]
-pub fn database(host: &str) -> Config {
+pub fn database(address: &str) -> Config {
+    let (host, port) = match address.split_once(':').and_then(|(host, port)| Some((host, port.parse().ok()?))) {
+        Some((host, port)) => (host, port),
+        None => (address, 5432),
+    };
     let mut config = Config::new();
     config
         .host(host)
-        .port(5432)
+        .port(port)
         .user("postgres")
         .dbname("postgres")
         .connect_timeout(Duration::from_secs(2))

@@ -8,13 +8,16 @@ use std::time::{Duration, Instant};
 
 use lamina_cluster::{Cluster, NodeId};
 
-use crate::kube::{self, KubeError};
+use crate::kube::{self, KubeError, NAMESPACE};
 use crate::objects::Pod;
 
 /// Between the two looks at what a process has written.
 const LOOK: Duration = Duration::from_millis(400);
 /// Longest time from the first look to the blow.
 const FRESH: Duration = Duration::from_secs(1);
+
+/// The taint that keeps a server away from a node of somebody else's cluster.
+const AWAY: &str = "lamina.dev/demo-away";
 
 /// Why no blow was struck.
 #[derive(Debug, thiserror::Error)]
@@ -34,12 +37,12 @@ pub enum FaultError {
 #[derive(Debug, Clone)]
 pub struct Target {
     /// Its node.
-    pub node: NodeId,
+    pub node: String,
     /// Its id in maps.
     pub server: String,
     /// Its pod.
     pub pod: Pod,
-    /// Its processes.
+    /// Its processes; none are known on a cluster of somebody else.
     pub pids: Vec<i32>,
     /// `copy … of group …`, all Active.
     pub copies: Vec<String>,
@@ -60,11 +63,11 @@ pub struct Blow {
 ///
 /// # Errors
 /// kubectl fails.
-pub fn targets(cluster: &Cluster, volume: &str, spare: &[NodeId]) -> Result<Vec<Target>, FaultError> {
+pub fn targets(cluster: &Cluster, volume: &str, spare: &[String]) -> Result<Vec<Target>, FaultError> {
     let volume = kube::volume(cluster, volume)?;
     let mut found = Vec::new();
     for server in kube::servers(cluster)? {
-        let Ok(node) = server.metadata.name.parse::<NodeId>() else { continue };
+        let node = server.metadata.name.clone();
         let members = volume.members_on(&server.status.server_id).filter(|(_, member)| member.state == "Active");
         let copies: Vec<String> = members
             .map(|(group, member)| format!("{} of group {group}", &member.copy[..8.min(member.copy.len())]))
@@ -73,7 +76,7 @@ pub fn targets(cluster: &Cluster, volume: &str, spare: &[NodeId]) -> Result<Vec<
             continue;
         }
         let pod = kube::storage_pod(cluster, &server.metadata.name)?;
-        let pids = kube::processes(cluster, &pod)?;
+        let pids = if cluster.is_own() { kube::processes(cluster, &pod)? } else { Vec::new() };
         found.push(Target { node, server: server.status.server_id, pod, pids, copies });
     }
     found.sort_by_key(|target| spare.contains(&target.node));
@@ -83,9 +86,19 @@ pub fn targets(cluster: &Cluster, volume: &str, spare: &[NodeId]) -> Result<Vec<
 /// Kills a server of a volume that has just written, if possible on none of the nodes in `spare`. With `freeze`, its
 /// kubelet is stopped first, so that nothing starts the container again until [`thaw`].
 ///
+/// On a cluster of somebody else nobody can look at processes or signal them: there the pod of any server with an Active
+/// copy is taken away by force, and with `freeze` its node is tainted, so that none comes in its place.
+///
 /// # Errors
 /// None of them writes.
-pub fn strike(cluster: &Cluster, volume: &str, spare: &[NodeId], freeze: bool) -> Result<Blow, FaultError> {
+pub fn strike(cluster: &Cluster, volume: &str, spare: &[String], freeze: bool) -> Result<Blow, FaultError> {
+    if !cluster.is_own() {
+        return take_away(
+            cluster,
+            targets(cluster, volume, spare)?.into_iter().next().ok_or(FaultError::Idle)?,
+            freeze,
+        );
+    }
     for _ in 0..10 {
         for target in targets(cluster, volume, spare)? {
             let first = Instant::now();
@@ -96,7 +109,7 @@ pub fn strike(cluster: &Cluster, volume: &str, spare: &[NodeId], freeze: bool) -
                 continue;
             }
             if freeze {
-                cluster.signal(target.node, "kubelet", "STOP")?;
+                cluster.signal(node_id(&target.node)?, "kubelet", "STOP")?;
             }
             kill(&target)?;
             return Ok(Blow { target, wrote_bytes, within: first.elapsed() });
@@ -105,12 +118,28 @@ pub fn strike(cluster: &Cluster, volume: &str, spare: &[NodeId], freeze: bool) -
     Err(FaultError::Idle)
 }
 
-/// Lets the kubelet of a node go on.
+fn take_away(cluster: &Cluster, target: Target, freeze: bool) -> Result<Blow, FaultError> {
+    if freeze {
+        cluster.kubectl(&["taint", "node", &target.node, &format!("{AWAY}=demo:NoSchedule"), "--overwrite"])?;
+    }
+    cluster.kubectl(&["-n", NAMESPACE, "delete", "pod", &target.pod.metadata.name, "--force", "--grace-period=0"])?;
+    Ok(Blow { target, wrote_bytes: 0, within: Duration::ZERO })
+}
+
+/// Undoes the `freeze` of [`strike`].
 ///
 /// # Errors
-/// It is gone.
-pub fn thaw(cluster: &Cluster, node: NodeId) -> Result<(), FaultError> {
-    Ok(cluster.signal(node, "kubelet", "CONT")?)
+/// The kubelet is gone, or kubectl fails.
+pub fn thaw(cluster: &Cluster, node: &str) -> Result<(), FaultError> {
+    if cluster.is_own() {
+        return Ok(cluster.signal(node_id(node)?, "kubelet", "CONT")?);
+    }
+    cluster.kubectl(&["taint", "node", node, &format!("{AWAY}-")])?;
+    Ok(())
+}
+
+fn node_id(name: &str) -> Result<NodeId, FaultError> {
+    name.parse().map_err(|_| KubeError::NotPlaced(name.to_owned()).into())
 }
 
 /// Whether none of a target's processes lives any more.

@@ -3,29 +3,41 @@
 use std::time::Duration;
 
 use lamina_cluster::Cluster;
-use lamina_cluster::host::{HostError, run, wait_until, write};
+use lamina_cluster::host::{run, wait_until, write};
 
 use crate::images::{SIDECARS, source_tree};
 use crate::kube::{KubeError, NAMESPACE, servers};
 
 /// The chart's values for a cluster of this machine: a file device on each node, and images by the names they were
 /// built under.
-#[must_use]
-pub fn values(cluster: &Cluster, device_size: &str) -> String {
+///
+/// # Errors
+/// As [`nodes`].
+pub fn values(cluster: &Cluster, device_size: &str) -> Result<String, KubeError> {
     let sidecars =
         SIDECARS.map(|(program, image)| format!("  {}: {image}\n", program.trim_start_matches("csi-"))).concat();
     let device = format!("[{{path: /var/lib/lamina/devices/a.img, size: {device_size}}}]");
-    let devices: String = cluster.layout().node_ids().map(|node| format!("  {node}: {device}\n")).collect();
-    format!("sidecars:\n{sidecars}devices:\n{devices}policies: []\nstorageClass: {{create: false}}\n")
+    let devices: String = nodes(cluster)?.iter().map(|node| format!("  {node}: {device}\n")).collect();
+    Ok(format!("sidecars:\n{sidecars}devices:\n{devices}policies: []\nstorageClass: {{create: false}}\n"))
+}
+
+/// The nodes that run pods, by name.
+///
+/// # Errors
+/// kubectl fails.
+pub fn nodes(cluster: &Cluster) -> Result<Vec<String>, KubeError> {
+    let workers = "!node-role.kubernetes.io/control-plane";
+    let names = cluster.kubectl(&["get", "nodes", "-l", workers, "-o", "jsonpath={.items[*].metadata.name}"])?;
+    Ok(names.split_whitespace().map(str::to_owned).collect())
 }
 
 /// `helm upgrade --install` of the chart in the source tree.
 ///
 /// # Errors
-/// helm fails.
-pub fn chart(cluster: &Cluster, device_size: &str) -> Result<(), HostError> {
+/// kubectl or helm fails.
+pub fn chart(cluster: &Cluster, device_size: &str) -> Result<(), KubeError> {
     let file = cluster.dir().join("values.yaml");
-    write(&file, &values(cluster, device_size))?;
+    write(&file, &values(cluster, device_size)?)?;
     let chart = source_tree().join("charts/lamina");
     let (chart, file) = (chart.display().to_string(), file.display().to_string());
     let config = format!("--kubeconfig={}", cluster.kubeconfig().display());
@@ -40,7 +52,7 @@ pub fn chart(cluster: &Cluster, device_size: &str) -> Result<(), HostError> {
 /// # Errors
 /// They are not in time.
 pub fn await_servers(cluster: &Cluster, limit: Duration, tell: &dyn Fn(&str)) -> Result<(), KubeError> {
-    let wanted = cluster.layout().node_ids().count();
+    let wanted = nodes(cluster)?.len();
     let mut told = std::time::Instant::now();
     wait_until("all storage servers to be Ready", limit, || {
         let all = servers(cluster)?;

@@ -7,6 +7,7 @@
 
 pub mod check;
 pub mod commits;
+pub mod door;
 pub mod faults;
 pub mod images;
 pub mod install;

@@ -7,13 +7,14 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use lamina_cluster::Cluster;
 use lamina_demo::commits::database;
-use lamina_demo::run::{self, Places};
+use lamina_demo::run::{self, Ground, Places};
 use lamina_demo::say::Teller;
 use lamina_demo::{check, kube, log};
 
 const EXAMPLES: &str = "Examples:
   lamina-demo run                      a Kubernetes, PostgreSQL on a 2-copy volume, servers killed, nothing lost
   lamina-demo run --keep               the story again on the cluster of the run before
+  KUBECONFIG=~/.kube/config lamina-demo run --existing     on a cluster of yours
   lamina-demo check --log commits.log  is every logged commit in the database?
   lamina-demo clean                    removes the cluster, its state and the images
 
@@ -35,8 +36,15 @@ enum Verb {
         #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(2..=9))]
         nodes: u8,
         /// The story again on the cluster and the programs of an earlier run, as they are
-        #[arg(long)]
+        #[arg(long, conflicts_with = "existing")]
         keep: bool,
+        /// On the cluster that KUBECONFIG names: Lamina is installed there with a 2 GiB file on each node, and stays. Its
+        /// nodes must have the images (`lamina-cluster build-image`)
+        #[arg(long, requires = "kubeconfig")]
+        existing: bool,
+        /// The kubeconfig of that cluster
+        #[arg(long, env = "KUBECONFIG")]
+        kubeconfig: Option<PathBuf>,
     },
     /// Look up every commit of a log in the database; ends with status 1 if one is missing or differs
     Check {
@@ -68,8 +76,15 @@ fn main() -> ExitCode {
 fn act(verb: Verb) -> Result<ExitCode> {
     let places = Places::usual()?;
     match verb {
-        Verb::Run { nodes, keep } => run::run(&places, nodes, keep, &Teller::new())
-            .with_context(|| format!("the cluster is left as it is in {}", places.cluster.display()))?,
+        Verb::Run { nodes, keep, existing, kubeconfig } => {
+            let ground = match kubeconfig.filter(|_| existing) {
+                Some(kubeconfig) => Ground::Existing(kubeconfig),
+                None if keep => Ground::Kept,
+                None => Ground::Own(nodes),
+            };
+            run::run(&places, &ground, &Teller::new())
+                .with_context(|| format!("the cluster is left as it is in {}", places.cluster.display()))?;
+        }
         Verb::Check { log, host } => return judge(&places, &log, host),
         Verb::Clean { caches } => clean(&places, caches)?,
     }

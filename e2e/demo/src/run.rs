@@ -9,10 +9,11 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use lamina_cluster::host::{HostError, wait_until};
-use lamina_cluster::{Cluster, NodeId, Tools};
+use lamina_cluster::{Cluster, Tools};
 
 use crate::check::{self, Verdict};
 use crate::commits::{Clients, database};
+use crate::door::Door;
 use crate::faults::{self, Blow};
 use crate::images::{self, source_tree};
 use crate::install;
@@ -65,7 +66,7 @@ pub enum Miss {
     Tools,
     /// SIGKILL did not kill.
     #[error("the storage server on {0} lives after SIGKILL")]
-    Undead(NodeId),
+    Undead(String),
     /// The pod came back on the node that it was to leave.
     #[error("the pod is still on {0}")]
     NotMoved(String),
@@ -118,25 +119,48 @@ struct Scene<'a> {
     volume: String,
 }
 
-/// Runs the demo. With `keep`, on the cluster and the programs of an earlier run, as they are.
+/// On what the demo runs.
+#[derive(Debug, Clone)]
+pub enum Ground {
+    /// A cluster made anew, with so many nodes.
+    Own(u8),
+    /// The cluster and the programs of an earlier run, as they are.
+    Kept,
+    /// A cluster of somebody else, by its kubeconfig. Its nodes must have, or be able to pull, the images.
+    Existing(PathBuf),
+}
+
+/// Runs the demo.
 ///
 /// # Errors
 /// The first [`Miss`].
-pub fn run(places: &Places, nodes: u8, keep: bool, teller: &Teller) -> Result<(), Miss> {
-    let cluster = if keep { Cluster::open(&places.cluster)? } else { prepare(places, nodes, teller)? };
+pub fn run(places: &Places, ground: &Ground, teller: &Teller) -> Result<(), Miss> {
+    let cluster = match ground {
+        Ground::Own(nodes) => prepare(places, *nodes, teller)?,
+        Ground::Kept => Cluster::open(&places.cluster)?,
+        Ground::Existing(kubeconfig) => {
+            let cluster = Cluster::existing(kubeconfig.clone(), places.cluster.clone(), teller.step("tools", tools)?);
+            put_lamina(&cluster, teller)?;
+            cluster
+        }
+    };
     let pod = start_postgres(&cluster, teller)?;
     let volume = kube::volume_of_claim(&cluster, "postgres")?;
     teller.say(format_args!("PostgreSQL runs on {} on the volume {}", pod.spec.node_name, volume.metadata.name));
     teller.say(format_args!("  {}", volume.in_short()));
     std::fs::remove_file(&places.log).ok();
+    if let Some(folder) = places.log.parent() {
+        lamina_cluster::host::at(folder, std::fs::create_dir_all(folder))?;
+    }
     let begun_ms = now_ms();
-    let clients = Clients::start(&pod.status.pod_ip, &places.log, CLIENTS)?;
+    let door = Door::to(&cluster, &pod)?;
+    let clients = Clients::start(&door.address, &places.log, CLIENTS)?;
     let scene = Scene { teller, cluster: &cluster, clients: &clients, volume: volume.metadata.name };
     scene.await_commits(100)?;
-    let spare: NodeId = pod.spec.node_name.parse().map_err(|_| Miss::NotMoved(pod.spec.node_name.clone()))?;
-    let (first, killed) = scene.killed_and_back(spare)?;
+    let spare = pod.spec.node_name.clone();
+    let (first, killed) = scene.killed_and_back(&spare)?;
     let second = scene.killed_and_kept_away(&[spare, killed])?;
-    let third = scene.moved(&pod)?;
+    let (third, _door) = scene.moved(&pod)?;
     let told = clients.stop()?;
     let ended_ms = now_ms();
     teller.title("the verdict");
@@ -157,13 +181,18 @@ fn prepare(places: &Places, nodes: u8, teller: &Teller) -> Result<Cluster, Miss>
     Cluster::down(&places.cluster, &|line| teller.say(line))?;
     let cluster = Cluster::up(places.cluster.clone(), &tools, nodes, &|line| teller.say(line))?;
     teller.step("images into the nodes", || tars.iter().try_for_each(|tar| cluster.import_image(tar)))?;
-    teller.title("Lamina");
-    teller.step("helm install", || install::chart(&cluster, DEVICE))?;
-    teller.step("storage servers", || {
-        install::await_servers(&cluster, Duration::from_secs(180), &|line| teller.say(line))
-    })?;
-    teller.step("operator, storage nodes and node plugins", || install::await_rollout(&cluster))?;
+    put_lamina(&cluster, teller)?;
     Ok(cluster)
+}
+
+fn put_lamina(cluster: &Cluster, teller: &Teller) -> Result<(), Miss> {
+    teller.title("Lamina");
+    teller.step("helm install", || install::chart(cluster, DEVICE))?;
+    teller.step("storage servers", || {
+        install::await_servers(cluster, Duration::from_secs(180), &|line| teller.say(line))
+    })?;
+    teller.step("operator, storage nodes and node plugins", || install::await_rollout(cluster))?;
+    Ok(())
 }
 
 /// Kubernetes' programs, built if they are not there.
@@ -212,12 +241,12 @@ impl Scene<'_> {
     }
 
     /// SIGKILL; the kubelet starts the container again at once.
-    fn killed_and_back(&self, spare: NodeId) -> Result<(Chapter, NodeId), Miss> {
+    fn killed_and_back(&self, spare: &str) -> Result<(Chapter, String), Miss> {
         self.teller.title("a storage server is killed and restarted at once");
         let before = self.now()?;
         self.teller.say(format_args!("before: {}", before.in_short()));
         let from_ms = now_ms();
-        let blow = faults::strike(self.cluster, &self.volume, &[spare], false)?;
+        let blow = faults::strike(self.cluster, &self.volume, &[spare.to_owned()], false)?;
         self.show(&blow)?;
         let old = before.status.generation;
         kube::await_volume(self.cluster, &self.volume, "to have a newer map", Duration::from_secs(60), |volume| {
@@ -232,16 +261,17 @@ impl Scene<'_> {
     }
 
     /// SIGKILL with the kubelet stopped, so that the server stays away until the kubelet goes on.
-    fn killed_and_kept_away(&self, spare: &[NodeId]) -> Result<Chapter, Miss> {
+    fn killed_and_kept_away(&self, spare: &[String]) -> Result<Chapter, Miss> {
         self.teller.title(format_args!("a storage server is killed and kept away for {} s", AWAY.as_secs()));
         let before = self.now()?;
         self.teller.say(format_args!("before: {}", before.in_short()));
         let from_ms = now_ms();
         let start = Instant::now();
         let blow = faults::strike(self.cluster, &self.volume, spare, true)?;
-        let frozen = Frozen { cluster: self.cluster, node: blow.target.node };
+        let frozen = Frozen { cluster: self.cluster, node: blow.target.node.clone() };
         self.show(&blow)?;
-        self.teller.say(format_args!("the kubelet of {} is stopped, so nothing starts it again", blow.target.node));
+        let how = if self.cluster.is_own() { "the kubelet is stopped" } else { "the node is tainted" };
+        self.teller.say(format_args!("{}: {how}, so nothing starts it again", blow.target.node));
         let server = blow.target.server.clone();
         let failed = |volume: &Volume| volume.members_on(&server).any(|(_, member)| member.state == "Failed");
         let seen = kube::await_volume(self.cluster, &self.volume, "to go on without it", AWAY, failed)?;
@@ -251,7 +281,7 @@ impl Scene<'_> {
             wait_until::<HostError>("the time to pass", AWAY * 2, || Ok(start.elapsed() >= AWAY))
         })?;
         drop(frozen);
-        self.teller.say(format_args!("the kubelet of {} goes on", blow.target.node));
+        self.teller.say(format_args!("{} may run it again", blow.target.node));
         let after = self.healthy()?;
         self.teller.say(format_args!("after:  {}", after.in_short()));
         let what = "server killed, 15 s away";
@@ -261,6 +291,12 @@ impl Scene<'_> {
 
     fn show(&self, blow: &Blow) -> Result<(), Miss> {
         let target = &blow.target;
+        if !self.cluster.is_own() {
+            let copies = target.copies.join(", ");
+            let pod = &target.pod.metadata.name;
+            self.teller.say(format_args!("{pod} on {} is deleted by force; it holds {copies}", target.node));
+            return Ok(());
+        }
         self.teller.say(format_args!(
             "SIGKILL to {} on {} (process {:?}): it had written {} KiB in the last {} ms \
              and holds the Active copies {}",
@@ -272,11 +308,11 @@ impl Scene<'_> {
             target.copies.join(", ")
         ));
         wait_until::<HostError>("the process to be dead", Duration::from_secs(2), || Ok(faults::is_dead(target)))
-            .map_err(|_| Miss::Undead(target.node))
+            .map_err(|_| Miss::Undead(target.node.clone()))
     }
 
-    /// The pod to another node, with the clients after it.
-    fn moved(&self, pod: &Pod) -> Result<Chapter, Miss> {
+    /// The pod to another node, with the clients after it, through a door of its own.
+    fn moved(&self, pod: &Pod) -> Result<(Chapter, Door), Miss> {
         let from = pod.spec.node_name.as_str();
         self.teller.title(format_args!("the pod moves from {from} to another node"));
         let before = self.now()?;
@@ -291,26 +327,28 @@ impl Scene<'_> {
             return Err(Miss::NotMoved(from.to_owned()));
         }
         self.teller.say(format_args!("PostgreSQL runs on {}", fresh.spec.node_name));
-        self.clients.move_to(&fresh.status.pod_ip);
+        let door = Door::to(self.cluster, &fresh)?;
+        self.clients.move_to(&door.address);
         self.await_commits(50)?;
         let after = self.now()?;
         self.teller.say(format_args!("after:  {}", after.in_short()));
         let (before, after) = (before.status.generation, after.status.generation);
-        Ok(Chapter { what: "pod moved to another node", from_ms, to_ms: now_ms(), before, after })
+        Ok((Chapter { what: "pod moved to another node", from_ms, to_ms: now_ms(), before, after }, door))
     }
 }
 
 /// Every logged commit, PostgreSQL's checksums, and `pg_amcheck`.
 fn judge(cluster: &Cluster, log: &Path, teller: &Teller) -> Result<Verdict, Miss> {
     let pod = kube::pod(cluster, "default", "postgres-0")?;
+    let door = Door::to(cluster, &pod)?;
     let verdict = teller.step("every logged commit looked up", || {
-        Ok::<_, Miss>(check::check(&log::read(log)?, &database(&pod.status.pod_ip))?)
+        Ok::<_, Miss>(check::check(&log::read(log)?, &database(&door.address))?)
     })?;
     teller.say(verdict.in_words());
     if !verdict.passes() {
         return Err(Miss::Lost(verdict.in_words()));
     }
-    let mut client = database(&pod.status.pod_ip).connect(postgres::NoTls).map_err(check::CheckError::from)?;
+    let mut client = database(&door.address).connect(postgres::NoTls).map_err(check::CheckError::from)?;
     let sum = "select coalesce(sum(checksum_failures), 0)::bigint from pg_stat_database";
     let row = client.query_one(sum, &[]).map_err(check::CheckError::from)?;
     match row.try_get(0).map_err(check::CheckError::from)? {
@@ -342,7 +380,9 @@ fn summary(
     }
     let (gap, _) = log::longest_gap(log, whole.0, whole.1);
     println!("  {:<34} {} commits, none lost, longest gap {:.2} s", "the whole run", verdict.logged, gap.as_secs_f64());
-    println!("  (etcd ran with --unsafe-no-fsync, all nodes share this machine's disk and cores)");
+    if cluster.is_own() {
+        println!("  (etcd ran with --unsafe-no-fsync, all nodes share this machine's disk and cores)");
+    }
     println!();
     println!("The cluster is up. What to look at next:");
     println!("  export KUBECONFIG={}", cluster.kubeconfig().display());
@@ -357,12 +397,12 @@ fn summary(
 /// A stopped kubelet, which goes on when this is dropped.
 struct Frozen<'a> {
     cluster: &'a Cluster,
-    node: NodeId,
+    node: String,
 }
 
 impl Drop for Frozen<'_> {
     fn drop(&mut self) {
-        if let Err(error) = faults::thaw(self.cluster, self.node) {
+        if let Err(error) = faults::thaw(self.cluster, &self.node) {
             eprintln!("the kubelet of {} is still stopped: {error}", self.node);
         }
     }

@@ -64,6 +64,12 @@ const CASES: &[Case] = &[
         Needs::Programs,
         outages::deletion_with_a_server_away,
     ),
+    Case("a_rebooted_node_gets_its_pod_back_without_anybodys_hand", Needs::Programs, outages::node_rebooted),
+    Case(
+        "a_lost_device_holder_costs_no_data_and_the_pod_comes_back_to_its_node",
+        Needs::Programs,
+        outages::holder_lost,
+    ),
     Case(
         "a_stopped_node_whose_pod_went_elsewhere_writes_not_one_byte_and_reads_nothing",
         Needs::Programs,

@@ -31,14 +31,11 @@ impl Packages {
         let archives = cache.join("archives");
         at(&archives, std::fs::create_dir_all(archives.join("partial")))?;
         write(&cache.join("none-installed"), "")?;
-        let plan = plan(cache, names)?;
-        let wanted: Vec<&Planned> =
-            plan.iter().filter(|item| !without.iter().any(|pattern| matches(pattern, &item.name))).collect();
-        let missing: Vec<&Planned> =
-            wanted.iter().copied().filter(|item| !archives.join(&item.file).exists()).collect();
-        fetch(&archives, &missing)?;
-        let mut files: Vec<PathBuf> = wanted.iter().map(|item| archives.join(&item.file)).collect();
-        files.sort();
+        let files = fetched(cache, &archives, names, without).or_else(|_| {
+            // The machine's lists may name versions that the archive has replaced since.
+            run(&["apt-get", "-qq", "update"])?;
+            fetched(cache, &archives, names, without)
+        })?;
         Ok(Self { files })
     }
 
@@ -61,6 +58,17 @@ impl Packages {
         }
         Ok(())
     }
+}
+
+/// The files of the planned packages, fetched where they are missing, in the order of their names.
+fn fetched(cache: &Path, archives: &Path, names: &[String], without: &[String]) -> Result<Vec<PathBuf>, HostError> {
+    let mut plan = plan(cache, names)?;
+    plan.retain(|item| !without.iter().any(|pattern| matches(pattern, &item.name)));
+    let missing: Vec<&Planned> = plan.iter().filter(|item| !archives.join(&item.file).exists()).collect();
+    fetch(archives, &missing)?;
+    let mut files: Vec<PathBuf> = plan.iter().map(|item| archives.join(&item.file)).collect();
+    files.sort();
+    Ok(files)
 }
 
 struct Planned {

@@ -9,7 +9,7 @@ use crate::stage::Stage;
 /// The chart as helm renders it.
 fn rendered(stage: &Stage) -> String {
     let values = stage.cluster.dir().join("values.yaml");
-    std::fs::write(&values, install::values(&stage.cluster, crate::stage::DEVICE)).unwrap();
+    std::fs::write(&values, install::values(&stage.cluster, crate::stage::DEVICE).unwrap()).unwrap();
     let (chart, values) = (source_tree().join("charts/lamina").display().to_string(), values.display().to_string());
     let helm = stage.cluster.tools().path("helm");
     run(&[helm.as_str(), "template", "lamina", &chart, "-n", "lamina", "--include-crds", "-f", &values]).unwrap()

@@ -8,9 +8,9 @@ use lamina_demo::kube::{self, NAMESPACE};
 use lamina_demo::objects::Volume;
 use serde_json::Value;
 
-use crate::faults::{StoppedKubelet, daemon};
+use crate::faults::{StoppedKubelet, daemon, node_without_operator};
 use crate::load::Load;
-use crate::manifests::{claim, pod, write_noise};
+use crate::manifests::{claim, noise, pod, write_noise};
 use crate::stage::Stage;
 
 /// The same programs under another tag, as after an upgrade.
@@ -55,6 +55,50 @@ pub(crate) fn plugin_killed_and_replaced(stage: &Stage) {
     stage.kubectl("-n lamina rollout status daemonset/lamina-csi-node --timeout=120s");
     load.await_rounds(2);
     load.end();
+}
+
+/// protocol.md R10: the kernel's side of the device is gone, so the leader replaces the session.
+pub(crate) fn node_rebooted(stage: &Stage) {
+    let node = node_without_operator(stage);
+    let place = node.to_string();
+    let text = claim("boots", "64Mi", "Filesystem", "lamina-demo") + &pod("boots", "boots", false, &place);
+    stage.cluster.apply(&text).unwrap();
+    let before = stage.await_pod("boots", "");
+    let sum = write_noise(stage, "boots");
+    stage.cluster.kill_node(node).unwrap();
+    stage.cluster.restart_node(node, &|line| println!("{line}")).unwrap();
+    let mut now = None;
+    stage.await_that("the pod to run again", 180, || {
+        let pod = kube::pod(&stage.cluster, "default", "boots").unwrap();
+        let again = pod.is_ready() && pod.status.container_statuses[0].restart_count > 0;
+        now = again.then_some(pod);
+        again
+    });
+    assert_eq!(now.map(|pod| pod.metadata.uid), Some(before.metadata.uid), "nobody deleted the pod");
+    assert_eq!(noise(stage, "boots"), sum);
+    stage.sh("boots", "echo again > /data/again && sync && cat /data/again").unwrap();
+    stage.calm();
+}
+
+/// As [`node_rebooted`], for a pod that comes to the same node anew.
+pub(crate) fn holder_lost(stage: &Stage) {
+    let node = node_without_operator(stage).to_string();
+    let text = claim("lost", "64Mi", "Filesystem", "lamina-demo") + &pod("lost", "lost", false, &node);
+    stage.cluster.apply(&text).unwrap();
+    let before = stage.await_pod("lost", "");
+    let sum = write_noise(stage, "lost");
+    for component in ["device-holder", "csi-node"] {
+        let program = daemon(stage, component, &node).unwrap().metadata.name;
+        assert!(stage.cluster.signal_pod(NAMESPACE, &program, "KILL").unwrap() >= 1);
+    }
+    stage.await_that("the dead device to fail", 60, || {
+        stage.sh("lost", "dd if=/dev/zero of=/data/x bs=4k count=1 conv=fsync").is_err()
+    });
+    stage.kubectl("delete pod lost --now --wait=true --timeout=90s");
+    stage.cluster.apply(&pod("lost", "lost", false, &node)).unwrap();
+    stage.await_pod("lost", &before.metadata.uid);
+    assert_eq!(noise(stage, "lost"), sum);
+    stage.calm();
 }
 
 fn leader(stage: &Stage) -> String {
