@@ -34,14 +34,18 @@ impl Door {
             .args(&words[1..])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
+            // It complains of every connection that the pod's move breaks.
+            .stderr(Stdio::null())
             .spawn()
             .map_err(failed)?;
-        let said = forward.stdout.take().expect("piped above");
+        let mut said = BufReader::new(forward.stdout.take().expect("piped above"));
         let mut line = String::new();
-        let read = BufReader::new(said).read_line(&mut line).map_err(failed);
+        let read = said.read_line(&mut line).map_err(failed);
         let mut door = Self { address: String::new(), forward: Some(forward) };
         read?;
-        door.address = forwarded(&line).ok_or_else(|| KubeError::NoPod(pod.metadata.name.clone()))?.to_owned();
+        // It says a line for each connection, and ends when nobody listens.
+        std::thread::spawn(move || std::io::copy(&mut said, &mut std::io::sink()));
+        door.address = forwarded(&line).ok_or_else(|| KubeError::NoForward(pod.metadata.name.clone()))?.to_owned();
         Ok(door)
     }
 }

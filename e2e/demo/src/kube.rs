@@ -34,6 +34,9 @@ pub enum KubeError {
     /// No pod of a storage server on this node.
     #[error("no storage pod runs on {0}")]
     NoPod(String),
+    /// kubectl gives no way to a pod's port.
+    #[error("kubectl forwards no port to the pod {0}")]
+    NoForward(String),
     /// The pod's node is none of the cluster's.
     #[error("the pod {0} is on no node")]
     NotPlaced(String),

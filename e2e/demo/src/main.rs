@@ -109,11 +109,12 @@ fn clean(places: &Places, caches: bool) -> Result<()> {
     folders.extend(cache.map(|cache| if caches { cache } else { cache.join("images") }));
     for folder in folders {
         match std::fs::remove_dir_all(&folder) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(error).with_context(|| folder.display().to_string());
-            }
-            _ => teller.say(format_args!("removed {}", folder.display())),
+            Ok(()) => teller.say(format_args!("removed {}", folder.display())),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error).with_context(|| folder.display().to_string()),
         }
+        // The folder around it goes too if nothing else is in it.
+        folder.parent().map(std::fs::remove_dir);
     }
     Ok(())
 }

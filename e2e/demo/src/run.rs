@@ -391,7 +391,11 @@ fn summary(
     println!("  kubectl describe volumes            # conditions and events");
     println!("  kubectl explain volume.status");
     println!("  kubectl -n lamina get pods -o wide; kubectl logs postgres-0 -c pgbench --tail=5");
-    println!("  make clean-demo                     # removes all of it");
+    if cluster.is_own() {
+        println!("  make clean-demo                     # removes all of it");
+    } else {
+        println!("  kubectl delete statefulset/postgres pvc/postgres && helm -n lamina uninstall lamina");
+    }
 }
 
 /// A stopped kubelet, which goes on when this is dropped.
