@@ -122,6 +122,8 @@ pub trait Device: Send + Sync {
     fn path(&self) -> &Path;
     /// Make the kernel see the target's size; gives it back in bytes.
     fn grow(&self) -> Result<u64, DeviceError>;
+    /// Refuse every change by its users from now on, or take them again. Holds until this process ends.
+    fn set_read_only(&self, read_only: bool) -> Result<(), DeviceError>;
     /// Remove the device. May be repeated after an error, [`DeviceError::Busy`] above all.
     fn detach(&self) -> Result<(), DeviceError>;
     /// Fail everything that is under way with an I/O error, which frees users that hang, and remove the device; also

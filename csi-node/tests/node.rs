@@ -90,6 +90,40 @@ async fn a_raw_block_volume_is_the_device_itself() {
 }
 
 #[tokio::test]
+async fn a_raw_block_volume_that_is_published_to_be_read_takes_no_writes() {
+    let Some(scene) = Scene::new("reader", 16 << 20, &["dd", "blkdiscard"]) else { return };
+    let mut process = scene.start_serving().await;
+    let block = scene::block(Mode::SingleNodeWriter);
+    let target = scene.target("a");
+    process.stage(&block).await.unwrap();
+    process.publish(&block, &target, true).await.unwrap();
+    let before = std::fs::read(scene.bytes()).unwrap();
+    let of = format!("of={}", target.display());
+    let write = |flags: &'static [&'static str]| {
+        let plain = ["if=/dev/urandom", &of, "bs=4k", "count=4", "conv=notrunc,fsync"];
+        let done = std::process::Command::new("dd").args(plain).args(flags).output().unwrap();
+        done.status.success()
+    };
+    let discard = || std::process::Command::new("blkdiscard").args(["-f", "-z"]).arg(&target).output().unwrap();
+    for _ in 0..2 {
+        assert!(!write(&["oflag=direct"]) && !write(&[]) && !discard().status.success());
+        // Also a successor takes none.
+        process.kill();
+        process = scene.start_serving().await;
+    }
+    let refused = process.publish(&block, &scene.target("b"), false).await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition, "{}", refused.message());
+    assert!(std::fs::read(scene.bytes()).unwrap() == before, "not one byte was changed");
+    process.unpublish(&target).await.unwrap();
+    process.publish(&block, &target, false).await.unwrap();
+    assert!(write(&["oflag=direct"]), "a writer alone writes");
+    process.unpublish(&target).await.unwrap();
+    process.unstage().await.unwrap();
+    assert!(std::fs::read(scene.bytes()).unwrap() != before);
+    scene.assert_nothing_left();
+}
+
+#[tokio::test]
 async fn calls_at_once_are_done_once_and_none_is_wrong() {
     let Some(scene) = Scene::new("twice", 64 << 20, &["mkfs.ext4", "blkid", "e2fsck"]) else { return };
     let mut process = scene.start_serving().await;

@@ -181,6 +181,13 @@ impl Device for FuseLoop {
         Ok(self.replies.target().size())
     }
 
+    fn set_read_only(&self, read_only: bool) -> Result<(), DeviceError> {
+        // The kernel refuses write(2) and discards at once; what is written through a mapping is refused here.
+        self.loop_device.set_read_only(read_only)?;
+        self.replies.set_only_read(read_only);
+        Ok(())
+    }
+
     fn detach(&self) -> Result<(), DeviceError> {
         self.loop_device.detach(&self.volume)?;
         unmount(&self.directory, UnmountFlags::empty())?;

@@ -19,6 +19,8 @@ const CLR_FD: Opcode = 0x4C01;
 const SET_CAPACITY: Opcode = 0x4C07;
 const CONFIGURE: Opcode = 0x4C0A;
 const CTL_GET_FREE: Opcode = 0x4C82;
+/// `BLKROSET` of `linux/fs.h`.
+const SET_READ_ONLY: Opcode = 0x125D;
 
 const FLAG_READ_ONLY: u32 = 1;
 const FLAG_DIRECT_IO: u32 = 16;
@@ -188,6 +190,16 @@ impl LoopDevice {
         // SAFETY: `SET_CAPACITY` takes no argument.
         let request = unsafe { NoArg::<SET_CAPACITY>::new() };
         // SAFETY: the request touches no memory of this process.
+        unsafe { ioctl(&node, request) }.map_err(DeviceError::at(step))
+    }
+
+    /// Let all users only read, or write again. Users that have it open are bound by it too.
+    pub(super) fn set_read_only(&self, read_only: bool) -> Result<(), DeviceError> {
+        let step = "set whether the loop device takes writes";
+        let node = open(&self.path, OFlags::RDONLY).map_err(DeviceError::at(step))?;
+        // SAFETY: `BLKROSET` takes a pointer to an int.
+        let request = unsafe { Setter::<SET_READ_ONLY, i32>::new(i32::from(read_only)) };
+        // SAFETY: the request only reads the number, for the length of the call.
         unsafe { ioctl(&node, request) }.map_err(DeviceError::at(step))
     }
 

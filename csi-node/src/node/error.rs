@@ -45,6 +45,12 @@ pub enum NodeError {
     #[error("the volume is published at another path already and its access mode allows only one")]
     SecondTarget,
     /// FAILED_PRECONDITION.
+    #[error(
+        "the raw block volume is published on this node to another consumer that may write while this one may only \
+         read, or the other way round: they share one device, so let both write or both only read"
+    )]
+    MixedUse,
+    /// FAILED_PRECONDITION.
     #[error("the volume is still published here")]
     StillPublished,
     /// FAILED_PRECONDITION.
@@ -122,6 +128,7 @@ impl From<NodeError> for Status {
             E::Session(SessionError::Refused(_))
             | E::Ended
             | E::SecondTarget
+            | E::MixedUse
             | E::StillPublished
             | E::NotStaged
             | E::OtherFilesystem { .. }

@@ -43,16 +43,24 @@ impl Node {
         let open = entry.open.clone().ok_or(NodeError::NotHere)?;
         let device = open.device.as_ref().ok_or(NodeError::NotHere)?.path().to_owned();
         let read_only = wish.read_only || open.driver.read_only();
+        let raw = wish.staged.kind == Kind::Block;
+        // The kernel has one device for all consumers of a raw volume: it takes writes or it does not.
+        let differs = raw && entry.record.targets.iter().any(|target| target.read_only != read_only);
         match entry.record.target(&wish.target) {
             Some(target) if target.read_only != read_only => return Err(NodeError::OtherUse),
             Some(_) if self.mounted(&wish.target).await? => return Ok(()),
             Some(_) => {}
+            None if differs => return Err(NodeError::MixedUse),
             None => {
                 entry.record.targets.push(Target { path: wish.target.clone(), read_only });
                 self.keep(volume, entry.clone()).await?;
             }
         }
-        let source = if wish.staged.kind == Kind::Block { device } else { wish.staged.path.clone() };
+        if raw && !open.driver.read_only() {
+            let device = open.device.clone().ok_or(NodeError::NotHere)?;
+            blocking(move || device.set_read_only(read_only)).await?;
+        }
+        let source = if raw { device } else { wish.staged.path.clone() };
         let (host, target) = (self.host(), wish.target.clone());
         blocking(move || host.bind(&source, &target, read_only)).await
     }

@@ -7,7 +7,7 @@
 use super::{Entry, Node, NodeError, Open, blocking};
 use crate::device::Device;
 use crate::opener::OpenVolume;
-use crate::record::{Record, Standing};
+use crate::record::{Kind, Record, Standing};
 use lamina_csi_api::in_flight::{Entered, InFlight};
 use lamina_csi_api::name::VolumeHandle;
 use lamina_protocol::wire::Start;
@@ -96,6 +96,10 @@ impl Node {
         let followed = self.parts.objects.follow(volume);
         let (leash, driver) = self.open_driver(volume, record.session(), Start::Resume, &followed).await?;
         let Some(device) = self.resume_device(volume, driver.clone()).await? else { return Ok(false) };
+        if record.kind == Kind::Block && record.targets.iter().any(|target| target.read_only) && !driver.read_only() {
+            let device = device.clone();
+            blocking(move || device.set_read_only(true)).await?;
+        }
         driver.replayed();
         self.cut_off_when_ended(volume, driver.status(), &device);
         let open = Open { _leash: leash, driver, device: Some(device), _followed: Arc::new(followed) };

@@ -302,6 +302,38 @@ async fn a_lone_workload_gets_no_second_place() {
 }
 
 #[tokio::test]
+async fn consumers_of_a_raw_volume_all_write_or_all_only_read() {
+    let world = World::new(3, &[1]);
+    let node = world.node();
+    node.stage(&stage_wish(1, Kind::Block)).await.unwrap();
+    let reader = |target| PublishWish { read_only: true, ..publish_wish(1, Kind::Block, target) };
+    node.publish(&reader("/pods/a")).await.unwrap();
+    assert_eq!(&world.done()[2..], ["only read", "bind"], "before it is shown");
+    node.publish(&reader("/pods/b")).await.unwrap();
+    let before = world.done();
+    let error = node.publish(&publish_wish(1, Kind::Block, "/pods/c")).await.unwrap_err();
+    assert!(matches!(error, NodeError::MixedUse), "{error}");
+    assert_eq!(
+        code(node.publish(&publish_wish(1, Kind::Block, "/pods/a")).await.unwrap_err()),
+        Code::AlreadyExists
+    );
+    assert_eq!((world.done(), world.mounts()), (before, vec!["/pods/a".to_owned(), "/pods/b".to_owned()]));
+    // A successor holds to it.
+    drop(node);
+    world.node_dies();
+    let node = recovered(&world).await;
+    assert_eq!(world.modes().last().unwrap(), "only read");
+    for target in ["/pods/a", "/pods/b"] {
+        node.unpublish(handle(), Path::new(target)).await.unwrap();
+    }
+    node.publish(&publish_wish(1, Kind::Block, "/pods/c")).await.unwrap();
+    assert_eq!(world.modes().last().unwrap(), "write again");
+    let error = node.publish(&reader("/pods/a")).await.unwrap_err();
+    assert!(matches!(error, NodeError::MixedUse), "{error}");
+    assert_eq!(world.modes().last().unwrap(), "write again", "the writer goes on");
+}
+
+#[tokio::test]
 async fn a_published_volume_is_not_unstaged() {
     let world = World::new(3, &[1]);
     let node = world.node();

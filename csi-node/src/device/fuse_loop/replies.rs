@@ -63,6 +63,8 @@ pub(super) struct Replies {
     target: Arc<dyn BlockTarget>,
     on_superseded: Arc<dyn Fn() + Send + Sync>,
     superseded: AtomicBool,
+    /// All consumers may only read, whatever the target would take.
+    only_read: AtomicBool,
     slots: Mutex<Slots>,
 }
 
@@ -79,6 +81,7 @@ impl Replies {
             target,
             on_superseded,
             superseded,
+            only_read: AtomicBool::new(false),
             slots: Mutex::default(),
         })
     }
@@ -94,6 +97,16 @@ impl Replies {
     /// Whether the kernel must get no more answers from this process.
     pub(super) fn silenced(&self) -> bool {
         self.superseded.load(Ordering::Acquire)
+    }
+
+    /// Refuse changes from now on, or take them again.
+    pub(super) fn set_only_read(&self, only_read: bool) {
+        self.only_read.store(only_read, Ordering::Release);
+    }
+
+    /// Whether changes are refused.
+    pub(super) fn only_read(&self) -> bool {
+        self.only_read.load(Ordering::Acquire)
     }
 
     /// Ask the target for what the kernel asks as `unique`.

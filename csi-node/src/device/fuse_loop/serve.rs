@@ -85,6 +85,7 @@ impl Reader {
             Ask::ReadDirectory | Ask::Nod => channel.answer(unique, &[]),
             Ask::FileSystem => channel.answer(unique, &abi::file_system_answer(size)),
             Ask::Read { offset, length } => self.read(unique, offset, length, size),
+            Ask::Write { .. } | Ask::Zero { .. } if self.replies.only_read() => channel.refuse(unique, Errno::ROFS),
             Ask::Write { offset, length } => {
                 let payload = Bytes::copy_from_slice(&frame[WRITE_HEADER_BYTES..]);
                 let op = BlockOp::Write { address: offset, payload, fua: false };

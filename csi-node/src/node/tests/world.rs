@@ -184,6 +184,12 @@ impl World {
         self.lock().servers_away = away;
     }
 
+    /// What the device was told about writes.
+    pub(super) fn modes(&self) -> Vec<String> {
+        let done = self.done();
+        done.into_iter().filter(|step| step == "only read" || step == "write again").collect()
+    }
+
     pub(super) fn foreign_mount(&self, path: &str) {
         self.lock().mounts.insert(path.into(), "/dev/other".into());
     }
@@ -387,6 +393,10 @@ impl Device for MadeUp {
     fn grow(&self) -> Result<u64, DeviceError> {
         drop(self.0.device_step("grow device")?);
         Ok(self.0.ram.size())
+    }
+
+    fn set_read_only(&self, read_only: bool) -> Result<(), DeviceError> {
+        self.0.device_step(if read_only { "only read" } else { "write again" }).map(drop)
     }
 
     fn detach(&self) -> Result<(), DeviceError> {
