@@ -47,7 +47,7 @@ pub use contract::{CallId, ConnId, Input, Output, PeerId, StaleSeen, Violation};
 pub use report::CopyStanding;
 pub use volume::{VolumeBlob, read_blob};
 
-use handles::{Conn, Handle, WaitingOpen};
+use handles::{Conn, Handle, OpenId, WaitingOpen};
 use medium::{MediumAnswer, MediumEvent, MediumOp, OpId, Opened, PageRecord};
 use page_ops::{Exec, ExecId, PageQueue};
 use pull::Pull;
@@ -128,7 +128,7 @@ enum Owner {
     /// A step of the reconfiguration under way.
     Change(VolumeId),
     /// The incarnation that an `Open` waits for.
-    Open(VolumeId),
+    Open(OpenId),
     /// A stale mark on a bad block: nobody waits, but a fence does.
     Bad(VolumeId),
     /// The next own page of a fill.
@@ -277,7 +277,7 @@ impl StorageServer {
             Owner::ExecNext(exec) => self.exec_next(exec, answer),
             Owner::Flush(exec) => self.flush_answered(exec),
             Owner::Change(volume) => self.change_answered(volume, answer),
-            Owner::Open(volume) => self.open_durable(volume),
+            Owner::Open(open) => self.open_durable(open),
             Owner::PullNext(copy) => self.pull_next(copy, answer),
             Owner::PullFlush(copy) => self.pull_flushed(copy),
             Owner::PullMarks(copy) => self.pull_marked(copy),
@@ -313,7 +313,7 @@ impl StorageServer {
             match owner {
                 Owner::Clear(volume) | Owner::Bad(volume) => self.finished_one(volume),
                 Owner::PullFlush(copy) | Owner::PullMarks(copy) => self.pull_lost(copy),
-                Owner::Open(volume) => self.open_durable(volume),
+                Owner::Open(open) => self.open_lost(open),
                 Owner::Change(volume) => self.change_lost(volume),
                 _ => {}
             }

@@ -37,9 +37,14 @@ pub(super) struct Handle {
     pub(super) used: u64,
 }
 
+/// Names a [`WaitingOpen`] to what it waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct OpenId(u64);
+
 /// An answer that waits for something durable, or for lower handles to fall silent.
 #[derive(Debug)]
 pub(super) struct WaitingOpen {
+    id: OpenId,
     conn: ConnId,
     header: RequestHeader,
     volume: VolumeId,
@@ -157,6 +162,10 @@ impl StorageServer {
         if map.session(session).is_none() {
             return Err(ReplyBody::Ended);
         }
+        // R3: nothing here could keep the incarnation.
+        if known.boots().is_empty() {
+            return Err(ReplyBody::NotServing);
+        }
         let Some(heard) = known.sessions.get(&session) else { return Ok(()) };
         if heard.incarnation > incarnation && !on(Mutant::IncarnationNotCompared) {
             return Err(ReplyBody::Superseded { highest: heard.incarnation });
@@ -177,15 +186,15 @@ impl StorageServer {
         opener: Opener,
         (incarnation, number): (Incarnation, OpenNumber),
     ) {
-        let mut commits = 0;
+        let (mut commits, waiting) = (0, OpenId(self.mint()));
         if let Opener::Session { session } = opener {
             let heard = self.known(volume).sessions.entry(session).or_default();
             heard.opens.insert(incarnation, number);
-            let risen = incarnation > heard.incarnation;
+            let kept = heard.durable >= incarnation;
             heard.incarnation = heard.incarnation.max(incarnation);
             self.kill_handles(volume, session);
-            if risen && !on(Mutant::IncarnationVolatile) {
-                commits = self.persist(volume, Owner::Open(volume));
+            if !kept && !on(Mutant::IncarnationVolatile) {
+                commits = self.persist(volume, Owner::Open(waiting));
             }
         }
         let id = HandleId(self.mint());
@@ -204,7 +213,7 @@ impl StorageServer {
         if let Some(conn) = self.conns.get_mut(&conn) {
             conn.handles.insert(id);
         }
-        self.opens.push(WaitingOpen { conn, header, volume, handle: Some(id), commits });
+        self.opens.push(WaitingOpen { id: waiting, conn, header, volume, handle: Some(id), commits });
         self.finish_opens();
     }
 
@@ -221,12 +230,30 @@ impl StorageServer {
         self.opens.retain(|open| open.handle.is_none_or(|id| dead.get(&id).is_some_and(|h| !h.dead)));
     }
 
-    /// A commit is durable that an `Open` or `Handled` of this volume waits for.
-    pub(super) fn open_durable(&mut self, volume: VolumeId) {
-        if let Some(open) = self.opens.iter_mut().find(|o| o.volume == volume && o.commits > 0) {
-            open.commits -= 1;
+    /// A commit is durable that an `Open` or `Handled` waits for; it may have been given up meanwhile.
+    pub(super) fn open_durable(&mut self, id: OpenId) {
+        let Some(open) = self.opens.iter_mut().find(|o| o.id == id) else { return };
+        open.commits -= 1;
+        let (commits, volume) = (open.commits, open.volume);
+        let by = open.handle.and_then(|id| self.handles.get(&id)).map(|h| (h.opener, h.incarnation));
+        if let (0, Some((Opener::Session { session }, incarnation))) = (commits, by) {
+            let known = self.known(volume).sessions.entry(session).or_default();
+            known.durable = known.durable.max(incarnation);
         }
         self.finish_opens();
+    }
+
+    /// The device failed before it kept what an `Open` or `Handled` waits for: that is no success (R3).
+    pub(super) fn open_lost(&mut self, id: OpenId) {
+        let Some(at) = self.opens.iter().position(|o| o.id == id) else { return };
+        let open = self.opens.remove(at);
+        if let Some(handle) = open.handle {
+            if let Some(conn) = self.conns.get_mut(&open.conn) {
+                conn.handles.remove(&handle);
+            }
+            self.handles.remove(&handle);
+        }
+        self.answer(open.conn, &open.header, BootId::NONE, ReplyBody::NotServing, Bytes::new());
     }
 
     /// Answers every `Open` whose lower handles have fallen silent (H1) and whose incarnation is durable (H20).
@@ -280,8 +307,9 @@ impl StorageServer {
     ) {
         let heard = self.known(volume).sessions.entry(session).or_default();
         heard.handled = heard.handled.max(loss);
-        let commits = self.persist(volume, Owner::Open(volume));
-        self.opens.push(WaitingOpen { conn, header, volume, handle: None, commits });
+        let id = OpenId(self.mint());
+        let commits = self.persist(volume, Owner::Open(id));
+        self.opens.push(WaitingOpen { id, conn, header, volume, handle: None, commits });
         self.finish_opens();
     }
 

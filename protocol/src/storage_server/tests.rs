@@ -14,6 +14,7 @@ use medium::*;
 mod fills;
 mod generations;
 mod net;
+mod opens;
 mod survey;
 
 use net::{Net, block};

@@ -56,6 +56,8 @@ pub(super) struct Volume {
 #[derive(Debug, Default)]
 pub(super) struct KnownSession {
     pub(super) incarnation: Incarnation,
+    /// Highest incarnation that every open device with a copy keeps: an `Open` of a higher one waits for them.
+    pub(super) durable: Incarnation,
     pub(super) handled: Generation,
     /// Highest `Open` of each incarnation that this process has seen (R7).
     pub(super) opens: BTreeMap<Incarnation, OpenNumber>,
@@ -192,6 +194,8 @@ impl Volume {
         let copy =
             Copy { record, device, boot: Some(boot), layers, settled: None, filled_bytes: 0, repairs: BTreeSet::new() };
         self.copies.insert(copy.record.copy, copy);
+        // What this device keeps may be older.
+        self.sessions.values_mut().for_each(|known| known.durable = Incarnation(0));
     }
 
     pub(super) fn layer_mut(&mut self, page: &PageKey) -> Option<&mut CopyLayer> {

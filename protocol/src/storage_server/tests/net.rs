@@ -463,6 +463,14 @@ impl Net {
         self.restart(n);
     }
 
+    /// A held medium answers the oldest of what it was asked.
+    pub(super) fn answer_one(&mut self, n: usize) {
+        let node = &mut self.servers[n];
+        let (boot, op, what) = node.medium.held.pop_front().expect("it was asked something");
+        let (answer, free_bytes) = (node.medium.apply(what), node.medium.free);
+        self.input(n, Input::Device { boot, event: MediumEvent::Answered { op, answer, free_bytes } });
+    }
+
     pub(super) fn fail_device(&mut self, n: usize) {
         self.run();
         let boot = self.servers[n].boot;
