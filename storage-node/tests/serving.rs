@@ -3,6 +3,10 @@
 //! Invariant of every test: what it starts ends with it, also when it fails.
 #![allow(clippy::unwrap_used)]
 
+#[path = "serving/driven.rs"]
+mod driven;
+#[path = "serving/generations.rs"]
+mod generations;
 #[allow(dead_code)] // Shared with the other test program.
 #[path = "serving/process.rs"]
 mod process;
@@ -192,4 +196,24 @@ async fn a_syncing_copy_is_filled_from_its_peer_and_both_are_equal() {
         let expected = if block < 1024 && block % 37 == 0 { block as u8 | 1 } else { 0 };
         assert!(content.iter().all(|byte| *byte == expected), "block {block}");
     }
+}
+
+#[tokio::test]
+async fn a_blank_device_in_place_of_a_used_one_gives_no_copy_never_zeroes() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Process::start(dir.path(), "a").await;
+    let mut leader = Leader::connect(&server).await;
+    one_copy(&server, &mut leader).await;
+    let mut client = Client::open(&server, leader.server, 1).await;
+    assert_eq!(client.write(1, 0, vec![1; BLOCK]).await.body, ReplyBody::Done);
+    let device = server.device();
+    server.kill();
+    std::fs::remove_file(device).unwrap();
+
+    let server = Process::start(dir.path(), "a").await;
+    let mut leader = Leader::connect(&server).await;
+    let boot = leader.first_device().await.boot;
+    let map = map(2, &[(&server, COPIES[0], leader.server, boot, MemberState::Active)]);
+    leader.call(ControlRequest::Serve { map }).await;
+    assert_eq!(Client::refused(&server, leader.server).await, ReplyBody::NoCopy);
 }

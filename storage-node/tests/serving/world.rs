@@ -28,7 +28,7 @@ pub(crate) const CLUSTER: ClusterId = ClusterId(1);
 pub(crate) const VOLUME: VolumeId = VolumeId(0x70);
 pub(crate) const LAYER: LayerId = LayerId(0x71);
 pub(crate) const COPIES: [CopyId; 2] = [CopyId(0x81), CopyId(0x82)];
-const SESSION: SessionId = SessionId(0x90);
+pub(crate) const SESSION: SessionId = SessionId(0x90);
 const PAGE: u32 = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -149,6 +149,20 @@ impl Leader {
         assert_eq!(self.call(put).await, ControlReply::Done);
     }
 
+    /// A second copy on this server, of another group.
+    pub(crate) async fn put_copy_of_group(&mut self, copy: CopyId, group: u32) {
+        let (volume, device, layers) = (VOLUME, DeviceId::NONE, vec![(LAYER, PAGE)]);
+        let generation = Generation(1);
+        let put =
+            ControlRequest::PutCopy { volume, generation, copy, device, placement: 0, group, layers, unsynced: false };
+        assert_eq!(self.call(put).await, ControlReply::Done);
+    }
+
+    /// Words that came unasked so far.
+    pub(crate) fn heard(&self) -> usize {
+        self.unasked.len()
+    }
+
     pub(crate) async fn stale_seen(&mut self) -> StaleSeen {
         loop {
             let word = match self.unasked.pop_front() {
@@ -185,23 +199,51 @@ pub(crate) struct Client {
 
 impl Client {
     pub(crate) async fn open(process: &Process, server: ServerId, number: u64) -> Self {
+        Self::open_as(process, server, Opener::Session { session: SESSION }, (1, number)).await
+    }
+
+    /// Opens a handle under a generation, with the number of the `Open`.
+    pub(crate) async fn open_as(
+        process: &Process,
+        server: ServerId,
+        opener: Opener,
+        (generation, number): (u64, u64),
+    ) -> Self {
+        let (mut client, answer) = Self::try_open(process, server, opener, (generation, number)).await;
+        match answer {
+            ReplyBody::Opened { handle, .. } => client.handle = handle,
+            other => panic!("not opened: {other:?}"),
+        }
+        client
+    }
+
+    /// What a driver's `Open` gets that must not succeed.
+    pub(crate) async fn refused(process: &Process, server: ServerId) -> ReplyBody {
+        let (_, answer) = Self::try_open(process, server, Opener::Session { session: SESSION }, (2, 1)).await;
+        assert!(!answer.is_success(), "opened: {answer:?}");
+        answer
+    }
+
+    async fn try_open(
+        process: &Process,
+        server: ServerId,
+        opener: Opener,
+        (generation, number): (u64, u64),
+    ) -> (Self, ReplyBody) {
         let stream = TcpStream::connect(process.block).await.unwrap();
         let mut client = Self { stream, handle: HandleId(0), requests: 0, seq: 0 };
         client.stream.write_all(&Self::hello_bytes(server)).await.unwrap();
         assert!(matches!(client.reply().await.body, ReplyBody::Hello { server: there, .. } if there == server));
         let open = RequestBody::Open {
             volume: VOLUME,
-            opener: Opener::Session { session: SESSION },
+            opener,
             incarnation: Incarnation(1),
             number: OpenNumber(number),
             start: Start::Fresh,
             grant: Bytes::new(),
         };
-        match client.ask(1, open, vec![]).await.body {
-            ReplyBody::Opened { handle, .. } => client.handle = handle,
-            other => panic!("not opened: {other:?}"),
-        }
-        client
+        let answer = client.ask(generation, open, vec![]).await.body;
+        (client, answer)
     }
 
     pub(crate) fn hello_bytes(server: ServerId) -> Vec<u8> {
