@@ -2,7 +2,7 @@
 //!
 //! Invariant: what a release wrote, this code reads; what this code writes under the same version is the same bytes. A
 //! change of a frame is a new version with a file of its own beside the old one.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::disallowed_methods)] // The golden files are files.
 
 use bytes::Bytes;
 use lamina_protocol::codec::{DecodeError, Wire, decode, encode};
