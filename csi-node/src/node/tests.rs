@@ -313,10 +313,7 @@ async fn consumers_of_a_raw_volume_all_write_or_all_only_read() {
     let before = world.done();
     let error = node.publish(&publish_wish(1, Kind::Block, "/pods/c")).await.unwrap_err();
     assert!(matches!(error, NodeError::MixedUse), "{error}");
-    assert_eq!(
-        code(node.publish(&publish_wish(1, Kind::Block, "/pods/a")).await.unwrap_err()),
-        Code::AlreadyExists
-    );
+    assert_eq!(code(node.publish(&publish_wish(1, Kind::Block, "/pods/a")).await.unwrap_err()), Code::AlreadyExists);
     assert_eq!((world.done(), world.mounts()), (before, vec!["/pods/a".to_owned(), "/pods/b".to_owned()]));
     // A successor holds to it.
     drop(node);

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use lamina_protocol::control::{
     Alive, ControlReply, ControlRequest, CopyInventory, CopyProgress, CopyReport, DeviceReport, DriverReport, Fence,
-    Promised, SettleName, Trouble, VolumeReport,
+    FillLimit, Promised, SettleName, Trouble, VolumeReport,
 };
 use lamina_protocol::ids::{
     BootId, ClusterId, CopyId, DeviceId, Generation, Incarnation, LayerId, OpenNumber, Seq, ServerId, SessionId,
@@ -247,6 +247,7 @@ pub(crate) fn control_requests() -> Vec<ControlRequest> {
         ControlRequest::DeleteCopy { volume, copy: COPY, generation },
         ControlRequest::GetVolume { volume },
         ControlRequest::Inventory,
+        ControlRequest::LimitFills { volume, limit: FillLimit { bytes_per_second: 0x0020_0000, pages: 9 } },
     ]
 }
 

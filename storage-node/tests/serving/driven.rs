@@ -92,7 +92,7 @@ impl Attached {
         let options = Options {
             cluster: CLUSTER,
             driver,
-            prefer: None,
+            prefer: Vec::new(),
             maps: map_source,
             reports: report_sink,
             on_exit: Box::new(|| panic!("nobody takes this device over")),
