@@ -84,7 +84,13 @@ impl Node {
         self.clear(volume).await?;
         let mut record = Record::opening(claim.session, claim.published, claim.kind);
         self.keep(volume, Entry { record: record.clone(), open: None }).await?;
-        let (leash, driver) = self.open_driver(volume, claim.session, start, followed).await?;
+        let opened = self.open_driver(volume, claim.session, start, followed).await;
+        if matches!(opened, Err(NodeError::SessionUsed)) {
+            // The note must not let a later stage resume what it did not begin.
+            record.standing = Standing::Attached;
+            self.keep(volume, Entry { record: record.clone(), open: None }).await?;
+        }
+        let (leash, driver) = opened?;
         if start == Start::Resume {
             // Nothing is unanswered: nothing comes again.
             driver.replayed();
@@ -151,7 +157,8 @@ impl Node {
         if map.sessions.iter().any(|listed| listed.id.0 == session) { Ok(map) } else { Err(NodeError::Ended) }
     }
 
-    /// A driver that serves.
+    /// A driver that serves. One that is to begin a session, and finds that another process has begun it, gives way: that
+    /// one's writes are not known here ([`NodeError::SessionUsed`]).
     pub(super) async fn open_driver(
         &self,
         volume: VolumeHandle,
@@ -160,6 +167,9 @@ impl Node {
         followed: &Followed,
     ) -> Result<(Arc<Leash>, Arc<dyn OpenVolume>), NodeError> {
         let (leash, on_superseded) = Leash::new(self.parts.exit.clone());
+        if start == Start::Resume {
+            leash.tighten();
+        }
         let wish = Wish {
             volume: VolumeId(volume.id()),
             session: SessionId(session),
@@ -169,10 +179,17 @@ impl Node {
         };
         let driver = self.parts.opener.open(wish)?;
         let mut status = driver.status();
-        let settled = status.wait_for(|status| status.serving || status.ended);
+        let settled = status.wait_for(|status| status.serving || status.ended || status.superseded);
         match tokio::time::timeout(self.parts.patience.serving, settled).await {
             Ok(Ok(status)) if status.ended => Err(NodeError::Ended),
-            Ok(Ok(_)) => Ok((leash, driver.clone())),
+            Ok(Ok(status)) if status.superseded => Err(NodeError::SessionUsed),
+            Ok(Ok(_)) => {
+                leash.tighten();
+                if driver.status().borrow().superseded {
+                    (self.parts.exit)();
+                }
+                Ok((leash, driver.clone()))
+            }
             _ => Err(NodeError::NotServing),
         }
     }
@@ -233,13 +250,14 @@ impl Node {
     }
 }
 
-/// Ties the process to a driver: while this lives, the process ends when that driver is superseded. A driver that was
-/// given up here may find that the next one of this very process has taken its place, which is no reason to end.
+/// Ties the process to a driver: while this is tight and lives, the process ends when that driver is superseded. A driver
+/// that was given up here may find that the next one of this very process has taken its place, and one that never served
+/// that its session was used before: no reason to end.
 pub(super) struct Leash(Arc<AtomicBool>);
 
 impl Leash {
     fn new(exit: Arc<dyn Fn() + Send + Sync>) -> (Arc<Self>, Arc<dyn Fn() + Send + Sync>) {
-        let holds = Arc::new(AtomicBool::new(true));
+        let holds = Arc::new(AtomicBool::new(false));
         let seen = holds.clone();
         let on_superseded = move || {
             if seen.load(Ordering::Acquire) {
@@ -247,6 +265,11 @@ impl Leash {
             }
         };
         (Arc::new(Self(holds)), Arc::new(on_superseded))
+    }
+
+    /// From now on.
+    fn tighten(&self) {
+        self.0.store(true, Ordering::Release);
     }
 }
 
@@ -275,6 +298,9 @@ mod tests {
         let (leash, on_superseded) = Leash::new(Arc::new(move || {
             counted.fetch_add(1, Ordering::Relaxed);
         }));
+        on_superseded();
+        assert_eq!(exits.load(Ordering::Relaxed), 0, "it has not served yet");
+        leash.tighten();
         on_superseded();
         assert_eq!(exits.load(Ordering::Relaxed), 1);
         drop(leash);

@@ -150,6 +150,20 @@ async fn a_replaced_session_whose_record_is_lost_is_replaced_again() {
 }
 
 #[tokio::test]
+async fn a_used_session_of_which_every_trace_here_is_lost_is_replaced_and_never_resumed() {
+    let world = World::new(3, &[1]);
+    world.node().stage(&stage_wish(1, Kind::Ext4)).await.unwrap();
+    world.reboot();
+    world.lose_record();
+    world.lose_replies(1);
+    // Only the storage servers know: they refuse to open it as if it were new.
+    let error = recovered(&world).await.stage(&stage_wish(1, Kind::Ext4)).await.unwrap_err();
+    assert_eq!(code(error), Code::Unavailable);
+    recovered(&world).await.stage(&stage_wish(1, Kind::Ext4)).await.unwrap();
+    assert_eq!(world.opened(), [(1, Start::Fresh), (1, Start::Fresh), (101, Start::Fresh)]);
+}
+
+#[tokio::test]
 async fn a_session_that_the_map_knows_as_used_is_not_begun_anew_without_its_record() {
     let world = World::new(3, &[1]);
     world.incarnation(2);

@@ -420,12 +420,23 @@ impl Opener for World {
         let mut state = self.lock();
         state.opened.push((wish.session.0, wish.start));
         state.done.push(format!("open {:?}", wish.start));
-        Ok(Arc::new(Driver { world: self.clone(), metrics: Metrics::default() }))
+        // As the storage servers have it: an incarnation is opened by one process.
+        let used = wish.start == Start::Fresh
+            && state.opened[..state.opened.len() - 1].contains(&(wish.session.0, Start::Fresh));
+        drop(state);
+        let status = if used {
+            (wish.on_superseded)();
+            watch::channel(Status { superseded: true, ..Status::default() }).1
+        } else {
+            self.status.subscribe()
+        };
+        Ok(Arc::new(Driver { world: self.clone(), status, metrics: Metrics::default() }))
     }
 }
 
 struct Driver {
     world: World,
+    status: watch::Receiver<Status>,
     metrics: Metrics,
 }
 
@@ -446,7 +457,7 @@ impl BlockTarget for Driver {
 #[tonic::async_trait]
 impl OpenVolume for Driver {
     fn status(&self) -> watch::Receiver<Status> {
-        self.world.status.subscribe()
+        self.status.clone()
     }
 
     fn replayed(&self) {
