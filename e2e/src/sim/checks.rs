@@ -2,13 +2,14 @@
 //! it stands until sync bits land) at looks over the whole world. They read the fake disks, never a machine's memory.
 
 use super::net::ConnIndex;
-use super::plan::Ask;
+use super::plan::{Ask, Moment};
 use super::stamp;
-use super::world::World;
-use lamina_protocol::control::ControlReply;
+use super::world::{VOLUME, World};
+use lamina_protocol::control::{ControlReply, Promised};
 use lamina_protocol::driver::Op;
-use lamina_protocol::ids::{BootId, CopyId, Generation, SessionId};
+use lamina_protocol::ids::{BootId, CopyId, Generation, Incarnation, SessionId};
 use lamina_protocol::layer::BlockState;
+use lamina_protocol::limits::SILENT_MEMBER_MS;
 use lamina_protocol::management::Status;
 use lamina_protocol::map::{Group, Layer, Member, MemberState, Settle, VolumeMap};
 use lamina_protocol::wire::{Place, ReplyBody, ReplyFrame, RequestBody, RequestFrame, RequestId};
@@ -41,12 +42,19 @@ impl World {
     /// I1, I8 and H2: what is served is served under the highest promise, by an `Active` copy under its own boot id.
     pub(super) fn check_reply(&mut self, n: usize, conn: ConnIndex, frame: &ReplyFrame) {
         let key = (conn, frame.header.request);
+        self.check_opened(n, frame);
         let Some(generation) = self.servers[n].requests.remove(&key) else { return };
         let place = self.checks.reads.remove(&key);
         count_reply(&mut self.counters, &frame.body);
+        if matches!(frame.body, ReplyBody::Page { .. }) {
+            self.moment(Moment::PageServed);
+        }
         let served = frame.body.is_success() || matches!(frame.body, ReplyBody::BadBlock { .. });
         if !served {
             return;
+        }
+        if frame.header.token.0 > 0 {
+            self.moment(Moment::WriteDone);
         }
         let promised = self.servers[n].promised;
         if generation < promised {
@@ -75,6 +83,8 @@ impl World {
         let (promised, stored) = (promise.generation, promise.stored);
         let copies = promise.copies.iter().map(|report| report.copy);
         self.counters.count("promises");
+        self.moment(Moment::Promised);
+        self.check_durable(n, promise);
         if promised < before {
             self.fail("I2", format!("server {n} promised {before} and now says {promised}"));
         }
@@ -88,6 +98,37 @@ impl World {
             }
         }
         self.servers[n].promised = promised.max(before);
+    }
+
+    /// I2: what is answered is durable on every device that answers.
+    fn check_durable(&mut self, n: usize, promise: &Promised) {
+        for report in &promise.copies {
+            let disk = self.servers[n].disks.iter().find(|d| d.boot() == Some(report.boot));
+            let kept = disk.and_then(|d| d.blob(VOLUME)).map_or((Generation(0), Generation(0)), |blob| {
+                (blob.promised, blob.map.map_or(Generation(0), |map| map.generation))
+            });
+            if disk.is_some() && (kept.0 < promise.generation || kept.1 < promise.stored) {
+                let (promised, stored) = (promise.generation, promise.stored);
+                let what = format!("server {n} says promised {promised}, stored {stored}; durable are {kept:?}");
+                return self.fail("I2", what);
+            }
+        }
+    }
+
+    /// H20: an incarnation is durable before its `Open` is answered.
+    fn check_opened(&mut self, n: usize, frame: &ReplyFrame) {
+        let ReplyBody::Opened { incarnation, map: Some(map), .. } = &frame.body else { return };
+        for disk in &self.servers[n].disks {
+            let Some(blob) = disk.boot().and_then(|_| disk.blob(VOLUME)) else { continue };
+            // What a committed map says, every later one says, too.
+            let own = blob.sessions.iter().map(|(_, (i, _))| *i);
+            let kept = own.chain(map.sessions.iter().map(|s| s.incarnation)).max().unwrap_or_default();
+            let here = map.members().any(|m| disk.has_copy(m.copy));
+            if here && *incarnation > Incarnation(0) && kept < *incarnation {
+                let what = format!("server {n} opened incarnation {incarnation}, durable is {kept}");
+                return self.fail("H20", what);
+            }
+        }
     }
 
     // ---- at each client ----
@@ -151,6 +192,10 @@ impl World {
         if raised {
             self.counters.count("reached: a loss was raised");
         }
+        let gone = |id: SessionId| !listed.contains(&id);
+        if before.map.as_ref().is_some_and(|old| old.sessions.iter().any(|s| gone(s.id))) {
+            self.moment(Moment::SessionOut);
+        }
         self.register.committed(&listed, raised, map.settling());
         self.store.maps.insert(map.generation, map);
     }
@@ -174,17 +219,36 @@ impl World {
             );
             self.fail("loss", what);
         }
+        if raised {
+            self.check_silent(was);
+        }
         if raised && was.in_state(MemberState::Active).count() > 1 {
             self.counters.count("reached: all members of a group restarted");
         }
         if matches!(group.settle, Settle::Running { .. }) && !matches!(was.settle, Settle::Running { .. }) {
             self.counters.count("reached: a settle began");
+            self.moment(Moment::SettleBegan);
         }
         if group.settle == Settle::Over {
             self.counters.count("reached: a settle is over");
+            self.moment(Moment::SettleOver);
         }
         for member in &group.members {
             self.check_member(map, member, was.member(member.copy), raised);
+        }
+    }
+
+    /// H13: while a member that kept its boot id is only silent, the others wait for it.
+    fn check_silent(&mut self, was: &Group) {
+        for m in was.in_state(MemberState::Active) {
+            let Some(server) = self.servers.iter().find(|s| s.id == m.server && s.machine.is_some()) else { continue };
+            let open = server.disks.iter().any(|d| d.boot() == Some(m.boot) && d.has_copy(m.copy));
+            let silent_us = self.now - server.heard_at;
+            if open && silent_us < SILENT_MEMBER_MS * 900 {
+                let what =
+                    format!("a loss is raised although {m:?} kept its boot id and was heard {silent_us} us ago (H13)");
+                return self.fail("loss", what);
+            }
         }
     }
 
@@ -193,12 +257,16 @@ impl World {
         match (before, member.state) {
             (Some(MemberState::Syncing), MemberState::Active) => {
                 self.counters.count("reached: a member was filled and is Active");
+                self.moment(Moment::Filled);
                 self.check_synced(map, member);
             }
             (Some(MemberState::Failed) | None, MemberState::Active) => {
                 self.fail("I7", format!("{member:?} is Active in generation {} without a fill", map.generation));
             }
-            (Some(MemberState::Failed), MemberState::Syncing) => self.counters.count("reached: a member rejoined"),
+            (Some(MemberState::Failed), MemberState::Syncing) => {
+                self.counters.count("reached: a member rejoined");
+                self.moment(Moment::Rejoined);
+            }
             (None, MemberState::Syncing) => self.counters.count("reached: a member was replaced"),
             (Some(MemberState::Active), MemberState::Failed) => self.counters.count("reached: an Active member failed"),
             (Some(MemberState::Syncing), MemberState::Failed) => {
@@ -239,7 +307,7 @@ impl World {
         let layer = map.top();
         let geometry = map.geometry(layer);
         let handled = map.sessions.iter().all(|s| s.handled >= map.loss());
-        let exact = strictly || (handled && !map.settling() && self.register.losses() == 0);
+        let exact = strictly || (handled && !map.settling() && self.register.all_handled());
         for (_, number, group) in map.groups() {
             let open: Vec<&Member> =
                 group.in_state(MemberState::Active).filter(|m| self.is_open(m.copy, m.boot)).collect();

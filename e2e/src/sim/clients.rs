@@ -3,7 +3,7 @@
 
 use super::event::{Event, Host, Process};
 use super::net::{Leaving, Message, Purpose};
-use super::plan::Ask;
+use super::plan::{Ask, Moment};
 use super::servers::brief;
 use super::stamp;
 use super::world::{VOLUME, World};
@@ -189,6 +189,7 @@ impl World {
             return;
         }
         self.counters.count("reached: a successor took a device over");
+        self.moment(Moment::TookOver);
         let device: Vec<u64> = self.clients[client].device.keys().copied().collect();
         if !device.is_empty() {
             self.counters.count("reached: take-over with requests in flight");
@@ -395,6 +396,9 @@ impl World {
             (Ok(_), ask) => {
                 self.check_applied(generation, ask, &request.op);
                 self.register.done(tag);
+                if ask == Ask::Flush {
+                    self.moment(Moment::FlushDone);
+                }
             }
             (Err(OpError::NoSpace), _) => {
                 self.counters.count("reached: no space");
@@ -486,7 +490,7 @@ impl World {
                 self.close(link.0 as usize, 0);
             }
             Output::Send { link, frame } => {
-                self.count_sent(&frame.body);
+                self.count_sent(process, &frame.body);
                 self.send(link.0 as usize, 0, Message::Request(frame));
             }
             Output::Complete { tag, result } => self.completed(client, process.epoch, tag.0, result),
@@ -501,11 +505,26 @@ impl World {
         }
     }
 
-    fn count_sent(&mut self, body: &RequestBody) {
+    /// All that was given back is done and flushed: what was acknowledged before the take-over is durable.
+    fn adopts(&mut self, process: Process) {
+        let Host::Driver(client) = process.host else { return };
+        self.counters.count("reached: a successor adopts");
+        let host = &self.clients[client];
+        if let Some(session) = host.attached.as_ref().map(|a| a.id).filter(|_| host.epoch == process.epoch) {
+            self.register.adopted(session);
+        }
+        self.moment(Moment::Adopted);
+    }
+
+    fn count_sent(&mut self, process: Process, body: &RequestBody) {
         match body {
             RequestBody::Ping => self.counters.count("reached: a ping for the read lease"),
-            RequestBody::Handled { .. } => self.counters.count("reached: a driver said handled"),
-            RequestBody::Adopt { .. } => self.counters.count("reached: a successor adopts"),
+            RequestBody::Write { .. } | RequestBody::Discard { .. } => self.moment(Moment::WriteSent),
+            RequestBody::Handled { .. } => {
+                self.counters.count("reached: a driver said handled");
+                self.moment(Moment::Handled);
+            }
+            RequestBody::Adopt { .. } => self.adopts(process),
             RequestBody::Reserve { .. } => self.counters.count("reached: a reservation"),
             _ => {}
         }

@@ -8,6 +8,7 @@ use bytes::{Bytes, BytesMut};
 use lamina_protocol::ids::{BootId, CopyId, DeviceId, LayerId, VolumeId};
 use lamina_protocol::layer::{BLOCK_BYTES, BlockState, BlockStates, PageKey};
 use lamina_protocol::storage_server::medium::{CopyRecord, MediumAnswer, MediumOp, OpId, PageRecord, Record};
+use lamina_protocol::storage_server::{VolumeBlob, read_blob};
 use std::collections::BTreeMap;
 
 mod crash;
@@ -355,6 +356,11 @@ impl Disk {
     pub(super) fn is_unsynced(&self, copy: CopyId, pages: u64) -> bool {
         let by_cursor = self.copies.get(&copy).is_some_and(|c| c.layers.iter().any(|l| l.cursor < pages));
         by_cursor || self.pages.iter().any(|(k, p)| k.copy == copy && p.unsynced)
+    }
+
+    /// What is durable of a volume.
+    pub(super) fn blob(&self, volume: VolumeId) -> Option<VolumeBlob> {
+        self.volumes.get(&volume).map(|bytes| read_blob(bytes).expect("a machine wrote it"))
     }
 
     pub(super) fn has_copy(&self, copy: CopyId) -> bool {

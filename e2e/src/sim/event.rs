@@ -1,6 +1,7 @@
 //! Who takes part in a simulated world and what can happen to them.
 
 use super::net::ConnIndex;
+use super::plan::Fault;
 use lamina_protocol::control::DriverReport;
 use lamina_protocol::ids::{BootId, ServerId};
 use lamina_protocol::management::{self, CallId, Guard, Status, VolumeObject};
@@ -67,9 +68,9 @@ pub(super) enum StoreAnswer {
 pub(super) enum Event {
     /// A step of the plan.
     Step(usize),
-    /// A step of the plan that waited for a leader's step.
-    Timed(usize),
-    /// The end of a fault of the plan.
+    /// Trouble that waited for a moment.
+    Timed(Box<Fault>),
+    /// The end of a fault, by its number.
     Heal(usize),
     Wake {
         process: Process,

@@ -2,15 +2,29 @@
 
 use super::disk::{Cut, Disk, Failing};
 use super::event::{Event, Host};
-use super::plan::{Action, DiskFault, Fault};
+use super::plan::{DiskFault, Fault, Moment};
 use super::world::World;
 use lamina_protocol::ids::DeviceId;
-use lamina_protocol::management::Step as LeaderStep;
 use lamina_protocol::map::MemberState;
 use lamina_protocol::storage_server;
 
+/// Trouble that waits for a moment.
+pub(super) struct Timed {
+    moment: Moment,
+    /// Comes with the so manieth from now.
+    left: u32,
+    later_us: u64,
+    fault: Box<Fault>,
+}
+
 impl World {
-    pub(super) fn fault(&mut self, n: usize, fault: &Fault) {
+    pub(super) fn fault(&mut self, fault: &Fault) {
+        if let Fault::Both { one, other } = fault {
+            self.fault(one);
+            return self.fault(other);
+        }
+        let n = self.injected.len();
+        self.injected.push(fault.clone());
         let acted = self.inject(n, fault);
         if acted {
             self.counters.count(&format!("fault: {}", fault.kind()));
@@ -27,7 +41,11 @@ impl World {
             Fault::PowerOffClient { client, down_ms } => self.power_off_client(*client, down_ms * 1_000),
             Fault::KillOperator { operator, down_ms } => self.stop_operator(*operator, down_ms * 1_000),
             Fault::KillLeaderAt { step, down_ms } => self.armed.push((*step, *down_ms)),
-            Fault::When { step, .. } => self.timed.push((*step, n)),
+            Fault::When { moment, times, later_us, fault } => {
+                let (moment, left, later_us) = (*moment, *times, *later_us);
+                self.timed.push(Timed { moment, left, later_us, fault: fault.clone() });
+            }
+            Fault::Both { .. } => unreachable!("taken apart by the caller"),
             Fault::LoseLease => self.store.holder = None,
             Fault::Freeze { host, ms } => {
                 self.freeze(*host, n);
@@ -63,31 +81,26 @@ impl World {
         true
     }
 
-    /// The fault of a step, whatever it waits for.
-    fn fault_of(&self, n: usize) -> Option<Fault> {
-        match self.plan.steps[n].action.clone() {
-            Action::Fault(Fault::When { fault, .. }) => Some(*fault),
-            Action::Fault(fault) => Some(fault),
-            _ => None,
+    /// Something has come that trouble may wait for.
+    pub(super) fn moment(&mut self, moment: Moment) {
+        if self.timed.is_empty() {
+            return;
         }
-    }
-
-    /// A leader has passed a step that a fault waits for.
-    pub(super) fn step_passed(&mut self, step: LeaderStep) {
-        let timed = std::mem::take(&mut self.timed);
-        let (now, later): (Vec<_>, Vec<_>) = timed.into_iter().partition(|(at, _)| *at == step);
-        self.timed = later;
-        for (_, n) in now {
-            if let Action::Fault(Fault::When { later_us, .. }) = &self.plan.steps[n].action {
-                self.queue.push(self.now + 1 + later_us, Event::Timed(n));
+        for timed in std::mem::take(&mut self.timed) {
+            if timed.moment != moment {
+                self.timed.push(timed);
+            } else if timed.left > 1 {
+                self.timed.push(Timed { left: timed.left - 1, ..timed });
+            } else {
+                self.queue.push(self.now + 1 + timed.later_us, Event::Timed(timed.fault));
             }
         }
     }
 
-    pub(super) fn timed_fault(&mut self, n: usize) {
-        if let Some(fault) = self.fault_of(n).filter(|_| !self.healed) {
+    pub(super) fn timed_fault(&mut self, fault: &Fault) {
+        if !self.healed {
             self.note(|| format!("FAULT {fault}"));
-            self.fault(n, &fault);
+            self.fault(fault);
         }
     }
 
@@ -96,8 +109,7 @@ impl World {
         if self.healed {
             return;
         }
-        let Some(fault) = self.fault_of(n) else { return };
-        match fault {
+        match self.injected[n].clone() {
             Fault::Cut { from, to, both, .. } => {
                 self.cut(&from, &to, both, false);
                 self.flow_again();
@@ -175,8 +187,8 @@ impl World {
         self.healed = true;
         self.armed.clear();
         self.timed.clear();
-        for n in 0..self.plan.steps.len() {
-            if let Some(Fault::Cut { from, to, both, .. }) = self.fault_of(n) {
+        for fault in std::mem::take(&mut self.injected) {
+            if let Fault::Cut { from, to, both, .. } = fault {
                 self.uncut(&from, &to, both);
             }
         }

@@ -73,9 +73,26 @@ impl World {
 
     pub(super) fn send(&mut self, conn: ConnIndex, from: usize, message: Message) {
         let message = self.through_bytes(message);
+        let carried = matches!(message, Message::Request(_) | Message::Reply(_));
         if let Some(at) = self.net.send(conn, from, self.now, message) {
             self.queue.push(at, Event::Stream { conn, from });
         }
+        if carried {
+            self.break_now_and_then(conn);
+        }
+    }
+
+    /// A connection breaks with frames on their way; each end sees it in its own time.
+    fn break_now_and_then(&mut self, conn: ConnIndex) {
+        let flaky = self.plan.setup.flaky;
+        if flaky == 0 || self.healed || !self.dice.chance(1, flaky) {
+            return;
+        }
+        self.counters.count("fault: a connection breaks under a frame");
+        let end = self.dice.index(2);
+        let [soon, late] = [self.dice.within(1, 5_000), self.dice.within(1, 2_000_000)];
+        self.queue.push(self.now + soon, Event::Gone { conn, end });
+        self.queue.push(self.now + late, Event::Gone { conn, end: 1 - end });
     }
 
     /// What goes through its bytes now and then must come back as it was.
@@ -116,6 +133,10 @@ impl World {
             return;
         }
         let found = &mut self.net.conns[conn];
+        if let Some((at, _)) = found.streams[from].queue.front().filter(|(at, _)| *at > self.now) {
+            // It was delayed once more since this was planned.
+            return self.queue.push(*at, Event::Stream { conn, from });
+        }
         let (_, message) = found.streams[from].queue.pop_front().expect("looked at above");
         if let Some((at, _)) = found.streams[from].queue.front() {
             let at = (*at).max(self.now + 1);
@@ -131,6 +152,9 @@ impl World {
         match (target.host, message) {
             (_, Message::Fin) => self.gone(conn, 1 - from),
             (Host::Server(n), Message::Request(frame)) => {
+                if !self.net.conns[conn].open[0] && frame.body.changes_blocks() {
+                    self.counters.count("reached: a late write through an old connection");
+                }
                 self.note_request(n, conn, &frame);
                 self.server_input(n, storage_server::Input::Frame { conn: ConnId(conn as u64), frame });
             }

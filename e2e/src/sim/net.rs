@@ -159,6 +159,12 @@ impl Net {
             let keep = found.dice.index(stream.queue.len() + 1);
             stream.queue.truncate(keep);
         }
+        if found.dice.chance(1, 3) {
+            // Somewhere on the way it waits for longer than a new connection takes.
+            let lag = found.dice.within(0, 1_500_000);
+            stream.queue.iter_mut().for_each(|(at, _)| *at += lag);
+            stream.last += lag;
+        }
         if how == Leaving::Silent {
             return None;
         }

@@ -2,6 +2,7 @@
 
 use super::event::{Event, Host, Process, StoreAnswer, StoreCall};
 use super::net::{ConnIndex, Leaving, Message, Phase, Purpose};
+use super::plan::Moment;
 use super::servers::brief;
 use super::world::{CLUSTER, World};
 use lamina_protocol::control::{ControlRequest, DriverReport};
@@ -210,7 +211,7 @@ impl World {
     fn passed(&mut self, n: usize, step: Step, generation: u64) {
         self.counters.count(&format!("passed: {step:?}"));
         self.trace(|| format!("operator {n} passes {step:?} of generation {generation}"));
-        self.step_passed(step);
+        self.moment(Moment::Leader(step));
         if let Some(at) = self.armed.iter().position(|(armed, _)| *armed == step) {
             let (_, down_ms) = self.armed.remove(at);
             self.counters.count(&format!("leader killed at: {step:?}"));
@@ -281,19 +282,23 @@ impl World {
 
     /// A server says something over a control stream.
     pub(super) fn leader_hears(&mut self, process: Process, conn: ConnIndex, message: Message) {
-        let Host::Operator(n) = process.host else { return };
+        let Host::Operator(operator) = process.host else { return };
         let Purpose::Control(server) = self.net.conns[conn].purpose else { return };
-        if self.operators[n].epoch != process.epoch {
+        if self.operators[operator].epoch != process.epoch {
             return;
         }
         match message {
             Message::CallReply(call, reply) => {
-                if self.operators[n].calls.remove(&call).is_some() {
-                    self.leader_input(n, Input::Reply { server, call, reply: *reply });
+                let n = self.server_index(server);
+                self.servers[n].heard_at = self.now;
+                if self.operators[operator].calls.remove(&call).is_some() {
+                    self.leader_input(operator, Input::Reply { server, call, reply: *reply });
                 }
             }
-            Message::AskMap(volume, at_least) => self.leader_input(n, Input::MapWanted { server, volume, at_least }),
-            Message::Stale(seen) => self.leader_input(n, Input::Stale { server, seen }),
+            Message::AskMap(volume, at_least) => {
+                self.leader_input(operator, Input::MapWanted { server, volume, at_least })
+            }
+            Message::Stale(seen) => self.leader_input(operator, Input::Stale { server, seen }),
             other => unreachable!("an operator is not sent {other:?}"),
         }
     }

@@ -6,6 +6,9 @@ use lamina_protocol::management::Step as LeaderStep;
 use std::fmt;
 
 mod make;
+mod moment;
+
+pub use moment::Moment;
 
 /// The cluster and the volume.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,6 +45,8 @@ pub struct Setup {
     pub stubborn_ms: u64,
     /// Bytes that a driver keeps for a loss.
     pub kept_bytes: u64,
+    /// One frame in so many breaks its connection; 0 = none does.
+    pub flaky: u64,
     /// When the faults end and all is healed, microseconds.
     pub heal_at_us: u64,
 }
@@ -115,14 +120,23 @@ pub enum Fault {
         /// Milliseconds.
         down_ms: u64,
     },
-    /// Something else goes wrong when a leader next passes this step, or a little later.
+    /// Something else goes wrong when this comes for the so manieth time, or a little later.
     When {
-        /// The step.
-        step: LeaderStep,
+        /// What is waited for.
+        moment: Moment,
+        /// How often.
+        times: u32,
         /// Microseconds after it.
         later_us: u64,
         /// What.
         fault: Box<Fault>,
+    },
+    /// Two things at once.
+    Both {
+        /// One.
+        one: Box<Fault>,
+        /// The other.
+        other: Box<Fault>,
     },
     /// The lease is taken from whoever holds it.
     LoseLease,
@@ -273,7 +287,10 @@ impl fmt::Display for Fault {
             Self::KillLeaderAt { step, down_ms } => {
                 write!(f, "kill -9 of the leader when it passes {step:?}, back after {down_ms} ms")
             }
-            Self::When { step, later_us, fault } => write!(f, "{later_us} us after a leader passes {step:?}: {fault}"),
+            Self::When { moment, times, later_us, fault } => {
+                write!(f, "{later_us} us after {moment} for the {times}. time: {fault}")
+            }
+            Self::Both { one, other } => write!(f, "{one}; {other}"),
             Self::LoseLease => write!(f, "the lease is taken from its holder"),
             Self::Freeze { host, ms } => write!(f, "{host} stands still for {ms} ms"),
             Self::Cut { from, to, both, ms } => {
@@ -309,7 +326,8 @@ impl Fault {
             Self::PowerOffClient { .. } => "power cut of a client",
             Self::KillOperator { .. } => "kill of an operator",
             Self::KillLeaderAt { .. } => "kill of the leader at a step",
-            Self::When { .. } => "trouble timed by a step",
+            Self::When { .. } => "trouble timed by a moment",
+            Self::Both { .. } => "two at once",
             Self::LoseLease => "lease taken away",
             Self::Freeze { host: Host::Server(_), .. } => "standstill of a server",
             Self::Freeze { host: Host::Driver(_), .. } => "standstill of a driver",

@@ -34,6 +34,8 @@ struct Block {
     base: BTreeSet<WriteId>,
     /// Acknowledged since, in order.
     unflushed: Vec<WriteId>,
+    /// A loss may have made anything of it what is there, and it is not settled yet.
+    open: bool,
     /// What a read under way may see.
     reads: BTreeMap<u64, BTreeSet<WriteId>>,
 }
@@ -47,6 +49,10 @@ struct Session {
     sealed: bool,
     /// A loss may have taken acknowledged writes: its requests may fail.
     robbed: bool,
+    /// Losses up to then are made good: something that was asked later was answered.
+    handled: u64,
+    /// When its driver's process was replaced last.
+    took_over: u64,
 }
 
 /// One request of an application.
@@ -85,6 +91,7 @@ impl Register {
             in_flight: BTreeSet::new(),
             base: BTreeSet::from([0]),
             unflushed: Vec::new(),
+            open: false,
             reads: BTreeMap::new(),
         };
         let zero = Write { session: SessionId::NONE, invoked: 0, over: Some(0), content: 0 };
@@ -148,6 +155,7 @@ impl Register {
     pub(super) fn done(&mut self, tag: u64) {
         let request = self.requests.remove(&tag).expect("asked for");
         let now = self.tick();
+        self.made_good(request.session, request.invoked);
         match request.ask {
             Ask::Flush => self.flushed(request.session, request.invoked),
             Ask::Write(from, _) | Ask::Discard(from, _) => {
@@ -206,10 +214,31 @@ impl Register {
         }
     }
 
+    /// A request that was asked at this time succeeded: losses before it were handled, by writing again and flushing
+    /// what had been acknowledged. A process that cannot do so answers nothing any more.
+    fn made_good(&mut self, session: SessionId, invoked: u64) {
+        let Some(found) = self.sessions.get_mut(&session).filter(|s| !s.sealed) else { return };
+        let newest = self.losses.iter().copied().filter(|loss| *loss > found.handled && *loss < invoked).max();
+        if let Some(loss) = newest.filter(|_| !self.multi_session) {
+            found.handled = loss;
+            self.flushed(session, loss);
+        }
+    }
+
+    /// A successor has everything again that it was given back, and flushed: a driver like any other.
+    pub(super) fn adopted(&mut self, session: SessionId) {
+        let Some(found) = self.sessions.get_mut(&session).filter(|s| s.listed && !s.sealed) else { return };
+        found.fragile = false;
+        let since = found.took_over;
+        found.handled = found.handled.max(since);
+        self.flushed(session, since);
+    }
+
     /// A read was answered with these stamps (`None` = a torn block).
     pub(super) fn read(&mut self, tag: u64, stamps: &[Option<u64>]) -> Result<(), Wrong> {
         let request = self.requests.remove(&tag).expect("asked for");
         self.tick();
+        self.made_good(request.session, request.invoked);
         let Ask::Read(from, count) = request.ask else { unreachable!("only reads have data") };
         if stamps.len() as u64 != count {
             return Err(Wrong(format!("a read of {count} blocks was answered with {}", stamps.len())));
@@ -238,7 +267,10 @@ impl Register {
         if !kept.is_empty() || in_flight_seen {
             found.may = kept;
         }
-        if found.base.iter().any(|w| seen.contains(w)) && found.unflushed.is_empty() && found.in_flight.is_empty() {
+        let over = |w: &WriteId| self.writes[*w as usize].over.is_some_and(|over| over < invoked);
+        let newer = found.unflushed.iter().chain(&found.in_flight).any(|w| seen.contains(w));
+        let durable = !found.open && !newer && found.base.iter().all(over);
+        if durable && found.base.iter().any(|w| seen.contains(w)) {
             found.base.retain(|w| seen.contains(w));
         }
         Ok(())
@@ -301,22 +333,37 @@ impl Register {
 
     /// A driver's process is gone, and with it what it kept of unflushed writes.
     pub(super) fn process_died(&mut self, session: SessionId) {
+        let now = self.tick();
         let found = self.sessions.entry(session).or_default();
         found.fragile = true;
-        found.robbed |= !self.losses.is_empty();
+        found.took_over = now;
+        let handled = found.handled;
+        found.robbed |= self.losses.iter().any(|loss| *loss > handled);
         self.expose_lost(session);
     }
 
     /// After a loss: versions since the last flush come back in blocks that a session wrote whose memory is gone.
     fn expose_lost(&mut self, session: SessionId) {
+        let handled = self.sessions.get(&session).map_or(0, |s| s.handled);
         for block in 0..self.blocks.len() {
             let taken = |w: &WriteId| {
                 let write = &self.writes[*w as usize];
-                write.session == session && self.losses.iter().any(|loss| *loss > write.invoked)
+                write.session == session && self.losses.iter().any(|loss| *loss > write.invoked && *loss > handled)
             };
             if self.blocks[block].unflushed.iter().any(taken) {
                 self.expose(block);
+                self.fold(block);
             }
+        }
+    }
+
+    /// Nobody will write again what was not flushed: whatever is there is all that there is.
+    fn fold(&mut self, block: usize) {
+        let found = &mut self.blocks[block];
+        if !self.multi_session {
+            found.base.clone_from(&found.may);
+            found.unflushed.clear();
+            found.open = true;
         }
     }
 
@@ -360,11 +407,19 @@ impl Register {
                 found.may.insert(*id);
                 self.writes[*id as usize].over = Some(now);
             }
-            if !arrived.is_empty() || found.unflushed.iter().any(own) {
+            if !arrived.is_empty() || found.open || found.unflushed.iter().any(own) {
                 found.unflushed.retain(|w| !own(w));
                 found.base = found.may.clone();
+                found.open = false;
             }
         }
+    }
+
+    /// Whether everything that a loss may have taken is there again.
+    pub(super) fn all_handled(&self) -> bool {
+        let last = self.losses.last().copied().unwrap_or(0);
+        let safe = |s: &Session| !s.listed || s.sealed || (s.handled >= last && !s.fragile);
+        last == 0 || self.sessions.values().all(safe)
     }
 
     /// A request of a device that is no more: nobody waits for its answer.
@@ -380,11 +435,6 @@ impl Register {
         let mut contents = found.may.iter().map(|w| self.writes[*w as usize].content);
         let first = contents.next()?;
         (found.in_flight.is_empty() && contents.all(|c| c == first)).then_some(first)
-    }
-
-    /// How often a loss was raised.
-    pub(super) fn losses(&self) -> usize {
-        self.losses.len()
     }
 }
 
@@ -464,6 +514,48 @@ mod tests {
         register.committed(&[B], false, false);
         assert_eq!(read(&mut register, 2, 0), Ok(()));
         assert!(read(&mut register, 3, limbo).is_err());
+    }
+
+    #[test]
+    fn what_a_living_driver_wrote_again_is_durable_also_when_it_dies() {
+        let mut register = register();
+        let old = write(&mut register, 1, A);
+        let new = write(&mut register, 2, A);
+        register.committed(&[A], true, true);
+        register.committed(&[A], false, false);
+        assert_eq!(read(&mut register, 3, new), Ok(()), "served under the new map: the loss is handled");
+        register.process_died(A);
+        register.committed(&[A], true, true);
+        assert!(read(&mut register, 4, old).is_err());
+        assert!(read(&mut register, 5, 0).is_err());
+    }
+
+    #[test]
+    fn a_successor_that_adopted_is_a_driver_like_any_other() {
+        let mut register = register();
+        let old = write(&mut register, 1, A);
+        register.process_died(A);
+        register.adopted(A);
+        write(&mut register, 2, A);
+        register.committed(&[A], true, true);
+        assert!(read(&mut register, 3, old).is_err());
+        register.ask(4, A, Ask::Read(0, 1));
+        assert!(register.failed(4, true).is_err(), "the loss is no excuse");
+    }
+
+    #[test]
+    fn what_was_read_after_a_loss_does_not_go_back_at_the_next() {
+        let mut register = register();
+        let first = write(&mut register, 1, A);
+        let last = write(&mut register, 2, A);
+        register.process_died(A);
+        register.committed(&[A], true, true);
+        register.committed(&[B], false, false);
+        register.ask(3, B, Ask::Read(0, 1));
+        assert_eq!(register.read(3, &[Some(first)]), Ok(()));
+        register.committed(&[B], true, true);
+        register.ask(4, B, Ask::Read(0, 1));
+        assert!(register.read(4, &[Some(last)]).is_err());
     }
 
     #[test]

@@ -35,6 +35,8 @@ pub(super) struct ServerHost {
     pub(super) promised: Generation,
     /// Highest generation that it said to store for each copy (I2).
     pub(super) stored: BTreeMap<CopyId, Generation>,
+    /// When a leader last heard of it.
+    pub(super) heard_at: u64,
     /// Openings that ended with a failure of the device, by process: only a deliberate mistake uses one again (R3).
     failed_boots: BTreeMap<usize, (u32, BootId)>,
 }
@@ -60,6 +62,7 @@ impl World {
                 requests: BTreeMap::new(),
                 promised: Generation(0),
                 stored: BTreeMap::new(),
+                heard_at: 0,
                 failed_boots: BTreeMap::new(),
             });
             self.boot_server(n, 0);

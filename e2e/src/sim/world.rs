@@ -5,10 +5,11 @@ use super::checks::Checks;
 use super::clients::ClientHost;
 use super::dice::Dice;
 use super::event::{Event, Host, Process};
+use super::faults::Timed;
 use super::finish::Ending;
 use super::net::Net;
 use super::operators::OperatorHost;
-use super::plan::{Action, Plan};
+use super::plan::{Action, Fault, Plan};
 use super::queue::Queue;
 use super::register::{Register, Wrong};
 use super::servers::ServerHost;
@@ -46,8 +47,10 @@ pub(super) struct World {
     pub(super) frozen: BTreeMap<Host, Frozen>,
     /// Leaders that are to die at a step, and for how long.
     pub(super) armed: Vec<(LeaderStep, u64)>,
-    /// Steps of the plan that wait for a leader's step.
-    pub(super) timed: Vec<(LeaderStep, usize)>,
+    /// Trouble that waits for a moment.
+    pub(super) timed: Vec<Timed>,
+    /// What went wrong so far.
+    pub(super) injected: Vec<Fault>,
     /// All is healed; no step of the plan acts any more.
     pub(super) healed: bool,
     pub(super) ending: Ending,
@@ -79,6 +82,7 @@ impl World {
             frozen: BTreeMap::new(),
             armed: Vec::new(),
             timed: Vec::new(),
+            injected: Vec::new(),
             healed: false,
             ending: Ending::NotYet,
             stopped: false,
@@ -133,7 +137,7 @@ impl World {
         }
         match event {
             Event::Step(n) => self.step(n),
-            Event::Timed(n) => self.timed_fault(n),
+            Event::Timed(fault) => self.timed_fault(&fault),
             Event::Heal(usize::MAX) => self.heal_all(),
             Event::Heal(n) => self.heal(n),
             Event::Thaw { host, number } => self.thaw(host, Some(number)),
@@ -177,7 +181,7 @@ impl World {
             Action::Ask { client, ask } => self.application_asks(client, ask),
             Action::Attach { client, clean } => self.attach(client, clean),
             Action::Detach { client } => self.detach(client, true),
-            Action::Fault(fault) => self.fault(n, &fault),
+            Action::Fault(fault) => self.fault(&fault),
         }
     }
 

@@ -31,6 +31,14 @@ pub(super) struct Change {
     outstanding: usize,
     /// A device failed meanwhile: nothing about it can be promised.
     lost: bool,
+    /// The openings that a fence has marked: one that comes later is marked, too, before the fence is answered.
+    marked: Vec<BootId>,
+}
+
+impl Change {
+    fn is_fence(&self) -> bool {
+        matches!(self.order, Order::Fence(_))
+    }
 }
 
 #[derive(Debug)]
@@ -199,7 +207,7 @@ impl StorageServer {
         if known.changes.len() >= MAX_WAITING_CHANGES {
             return self.refuse(call, volume);
         }
-        known.changes.push_back(Change { call, order, stage, outstanding: 0, lost: false });
+        known.changes.push_back(Change { call, order, stage, outstanding: 0, lost: false, marked: Vec::new() });
         if known.changes.len() == 1 {
             self.begin_change(volume);
         }
@@ -226,7 +234,12 @@ impl StorageServer {
             self.refuse(change.call, volume);
             return self.begin_change(volume);
         }
-        let next = next_stage(self.known(volume).changes.front().expect("looked at above"));
+        let known = self.known(volume);
+        let change = known.changes.front().expect("looked at above");
+        let next = match next_stage(change) {
+            Stage::Over if change.is_fence() && !change.lost && change.marked != known.boots() => Stage::Marking,
+            next => next,
+        };
         self.enter(volume, next);
     }
 
@@ -283,7 +296,10 @@ impl StorageServer {
     /// H7: every page of the copies that rejoin is out of date, durably, each time; what they settled is forgotten (M4).
     fn mark_rejoining(&mut self, volume: VolumeId) -> usize {
         let known = self.known(volume);
-        let Order::Fence(fence) = &known.changes.front().expect("an order is under way").order else { return 0 };
+        let boots = known.boots();
+        let change = known.changes.front_mut().expect("an order is under way");
+        change.marked = boots;
+        let Order::Fence(fence) = &change.order else { return 0 };
         let mut records: BTreeMap<BootId, Vec<Record>> = BTreeMap::new();
         let mut marked = Vec::new();
         for copy_id in &fence.unsync {

@@ -14,6 +14,7 @@ use medium::*;
 mod fills;
 mod generations;
 mod net;
+mod openings;
 mod opens;
 mod survey;
 

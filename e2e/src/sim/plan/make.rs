@@ -1,6 +1,6 @@
 //! From a seed to a plan.
 
-use super::{Action, Ask, DiskFault, Fault, Plan, Setup, Step};
+use super::{Action, Ask, DiskFault, Fault, Moment, Plan, Setup, Step};
 use crate::sim::dice::Dice;
 use crate::sim::event::Host;
 use lamina_protocol::management::Step as LeaderStep;
@@ -44,6 +44,7 @@ fn setup(dice: &mut Dice) -> Setup {
         drift_ppm: if dice.chance(1, 3) { 45_000 } else { 0 },
         stubborn_ms: [0, 0, 3_000, 12_000][dice.index(4)],
         kept_bytes: if dice.chance(1, 4) { 256 << 10 } else { 16 << 20 },
+        flaky: [0, 0, 0, 60, 400][dice.index(5)],
         heal_at_us: dice.within(20, 60) * 1_000_000,
     }
 }
@@ -87,8 +88,8 @@ fn faults(setup: &Setup, dice: &mut Dice, steps: &mut Vec<Step>) {
         let at_us = dice.within(from, to);
         let kind = kinds[dice.index(kinds.len())];
         let mut action = fault(setup, dice, kind, &mut blanked);
-        if dice.chance(1, 5) {
-            action = timed(dice, action);
+        if dice.chance(1, 2) {
+            action = timed(setup, dice, &kinds, &mut blanked, action);
         }
         steps.push(Step { at_us, action });
         if dice.chance(1, 4) {
@@ -99,12 +100,31 @@ fn faults(setup: &Setup, dice: &mut Dice, steps: &mut Vec<Step>) {
     }
 }
 
-/// Trouble that hits a change under way: random times seldom do (PROTOCOL.md §9).
-fn timed(dice: &mut Dice, action: Action) -> Action {
-    let Action::Fault(fault) = action else { return action };
-    let step = LeaderStep::ALL[dice.index(LeaderStep::ALL.len())];
+/// Trouble that waits for a moment, and often more trouble after it.
+fn timed(setup: &Setup, dice: &mut Dice, kinds: &[u64], blanked: &mut bool, action: Action) -> Action {
+    let Action::Fault(mut fault) = action else { return action };
+    if dice.chance(1, 2)
+        && let Action::Fault(more) = any_fault(setup, dice, kinds, blanked)
+    {
+        let other = Box::new(when(dice, more));
+        fault = Fault::Both { one: Box::new(fault), other };
+    }
+    Action::Fault(when(dice, fault))
+}
+
+fn when(dice: &mut Dice, fault: Fault) -> Fault {
+    let moment = match dice.below(3) {
+        0 => Moment::Leader(LeaderStep::ALL[dice.index(LeaderStep::ALL.len())]),
+        _ => Moment::OTHERS[dice.index(Moment::OTHERS.len())],
+    };
+    let most = if moment.is_frequent() { [1, 30, 300][dice.index(3)] } else { [1, 1, 3][dice.index(3)] };
     let later_us = [0, dice.within(0, 3_000), dice.within(0, 200_000)][dice.index(3)];
-    Action::Fault(Fault::When { step, later_us, fault: Box::new(fault) })
+    Fault::When { moment, times: dice.within(1, most) as u32, later_us, fault: Box::new(fault) }
+}
+
+fn any_fault(setup: &Setup, dice: &mut Dice, kinds: &[u64], blanked: &mut bool) -> Action {
+    let kind = if dice.chance(1, 3) { dice.below(5) } else { kinds[dice.index(kinds.len())] };
+    fault(setup, dice, kind, blanked)
 }
 
 fn down(dice: &mut Dice) -> u64 {

@@ -13,6 +13,8 @@ pub(super) struct Medium {
     pub(super) volumes: BTreeMap<VolumeId, Bytes>,
     pub(super) log: Vec<MediumOp>,
     pub(super) hold: bool,
+    /// While held: one operation goes through.
+    pub(super) release_one: bool,
     pub(super) free: u64,
     pub(super) rotten: Vec<(PageKey, u32)>,
     held: VecDeque<(BootId, OpId, MediumOp)>,
@@ -108,7 +110,7 @@ impl Medium {
         }
     }
 
-    fn opened(&self, server: u128, boot: BootId) -> Opened {
+    pub(super) fn opened(&self, server: u128, boot: BootId) -> Opened {
         let flagged =
             |f: fn(&PageRecord) -> bool| self.pages.iter().filter(|(_, (r, _))| f(r)).map(|(k, _)| *k).collect();
         Opened {
@@ -132,6 +134,9 @@ pub(super) struct Node {
     pub(super) machine: StorageServer,
     pub(super) medium: Medium,
     pub(super) boot: BootId,
+    /// A second device, if it is open.
+    pub(super) other: Medium,
+    pub(super) other_boot: Option<BootId>,
 }
 
 /// Servers 0…n-1 with ids 10…, copies 100…, one group, one page of 64 KiB per chunk.
@@ -206,7 +211,8 @@ impl Net {
         let node = |n: usize| {
             let config = Config { server: ServerId(10 + n as u128), cluster: ClusterId(9) };
             let medium = Medium { free: 1 << 30, ..Medium::default() };
-            Node { machine: StorageServer::new(config), medium, boot: BootId(1000 + n as u128) }
+            let (other, other_boot) = (medium.clone(), None);
+            Node { machine: StorageServer::new(config), medium, boot: BootId(1000 + n as u128), other, other_boot }
         };
         let mut net = Self {
             servers: (0..servers).map(node).collect(),
@@ -301,10 +307,12 @@ impl Net {
     }
 
     fn drain_medium(&mut self, n: usize) {
-        while !self.servers[n].medium.hold {
+        while !self.servers[n].medium.hold || std::mem::take(&mut self.servers[n].medium.release_one) {
             let Some((boot, op, what)) = self.servers[n].medium.held.pop_front() else { return };
-            if boot == self.servers[n].boot {
-                let answer = self.servers[n].medium.apply(what);
+            let node = &mut self.servers[n];
+            let other = node.other_boot == Some(boot);
+            if boot == node.boot || other {
+                let answer = if other { node.other.apply(what) } else { node.medium.apply(what) };
                 let free_bytes = self.servers[n].medium.free;
                 let event = MediumEvent::Answered { op, answer, free_bytes };
                 self.work.push_back((n, Input::Device { boot, event }));

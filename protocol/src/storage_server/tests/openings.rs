@@ -1,0 +1,47 @@
+//! What comes while something else becomes durable: a second device, a second `Open`.
+
+use super::*;
+
+fn second_device(net: &Net) -> Opened {
+    let first = net.servers[0].medium.opened(10, BootId(2000));
+    let copies = first.copies.iter().map(|c| CopyRecord { copy: CopyId(101), ..c.clone() }).collect();
+    Opened { device: DeviceId(77), copies, ..first }
+}
+
+#[test]
+fn a_device_that_opens_while_a_fence_is_under_way_is_fenced_too() {
+    let mut net = Net::started(1);
+    net.servers[0].medium.hold = true;
+    let unsync = vec![CopyId(101)];
+    let fence = Fence { volume: VOLUME, generation: Generation(2), flush: false, unsync };
+    let call = net.control_later(0, ControlRequest::Fence(fence));
+    net.run();
+    let opened = second_device(&net);
+    net.servers[0].other.copies = opened.copies.iter().map(|c| (c.copy, c.clone())).collect();
+    net.input(0, Input::DeviceOpened(opened));
+    net.servers[0].other_boot = Some(BootId(2000));
+    net.servers[0].medium.hold = false;
+    net.run();
+    let ControlReply::Promised(promised) = &net.answers[&call] else { panic!("{:?}", net.answers[&call]) };
+    let report = promised.copies.iter().find(|report| report.copy == CopyId(101)).unwrap();
+    assert!(report.unsynced > 0, "H7: it was to be marked before the fence is answered");
+    let blob = read_blob(&net.servers[0].other.volumes[&VOLUME]).unwrap();
+    assert_eq!(blob.promised, Generation(2), "I2: what is answered is durable on every device that is spoken of");
+}
+
+#[test]
+fn an_open_waits_for_its_own_incarnation_to_be_durable() {
+    let mut net = Net::started(1);
+    net.open(0, 1, 1);
+    net.servers[0].medium.hold = true;
+    net.send_open(0, 1, Incarnation(2), OpenNumber(1));
+    net.send_open(0, 1, Incarnation(3), OpenNumber(2));
+    net.run();
+    net.servers[0].medium.release_one = true;
+    net.run();
+    let opened = net.replies.iter().any(|r| matches!(r.body, ReplyBody::Opened { .. }));
+    assert!(!opened, "H20: only the commit of the lower one is durable");
+    net.servers[0].medium.hold = false;
+    net.run();
+    assert!(net.replies.iter().any(|r| matches!(r.body, ReplyBody::Opened { incarnation: Incarnation(3), .. })));
+}
