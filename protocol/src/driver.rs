@@ -235,6 +235,8 @@ pub struct Driver {
     next_op: u64,
     order: Order,
     rewrite_order: Order,
+    /// Reads given back to a successor that has not got everything back yet.
+    held_reads: Vec<OpId>,
     /// Rewrites of this loss that are not done.
     rewrites_left: usize,
     /// May start when the driver serves.
@@ -282,6 +284,7 @@ impl Driver {
             next_op: 0,
             order: Order::default(),
             rewrite_order: Order::default(),
+            held_reads: Vec::new(),
             rewrites_left: 0,
             ready: VecDeque::new(),
             ready_first: VecDeque::new(),

@@ -95,7 +95,11 @@ impl World {
         let disks = self.servers.iter().enumerate().flat_map(|(n, s)| s.disks.iter().map(move |d| (n, d)));
         let lies = disks.flat_map(|(n, d)| d.copies().map(move |c| (n, c.copy)));
         let mut stray = lies.filter(|(_, copy)| map.place_of(*copy).is_none());
-        stray.next().map(|(n, copy)| format!("copy {copy} lies on server {n} and no map names it (R14)"))
+        let retired = |copy| self.store.object.status.retired.iter().any(|r| r.copy == copy);
+        let words = |retired| if retired { "it is retired" } else { "it was forgotten" };
+        stray
+            .next()
+            .map(|(n, copy)| format!("copy {copy} lies on server {n}, no map names it, {} (R14)", words(retired(copy))))
     }
 
     fn reader(&self) -> Option<usize> {

@@ -37,9 +37,37 @@ impl Driver {
         let mut op = Op::new(Origin::Os(tag), kind);
         // What is given back to a successor may have been sent by the process before: it is a restart (R8).
         op.sent = self.replay == Replay::Running;
+        if op.sent && matches!(op.kind, Kind::Read { .. }) && !on(Mutant::ReplayReadsEarly) {
+            return self.hold_read(op);
+        }
         let id = self.enter(op);
         if self.ops[&id].state == State::Ready {
             self.ready.push_back(id);
+        }
+    }
+
+    /// A read waits until all is given back: an overlapping write that comes later may be on some members already, and
+    /// what is read must not go back (PROTOCOL.md §4.5).
+    fn hold_read(&mut self, mut op: Op) {
+        self.next_op += 1;
+        let id = OpId(self.next_op);
+        op.blockers = 1;
+        op.state = State::Blocked;
+        self.ops.insert(id, op);
+        self.held_reads.push(id);
+    }
+
+    /// All is given back: reads wait for the writes among it that they overlap, and for nothing else.
+    pub(super) fn order_held_reads(&mut self) {
+        for id in std::mem::take(&mut self.held_reads) {
+            let Some(range) = self.ops.get(&id).map(|op| op.kind.range()) else { continue };
+            let mut before = Vec::new();
+            self.order.enter(id, &range, false, &mut before);
+            for other in &before {
+                self.ops.get_mut(other).expect("a write in the order is under way").waiters.push(id);
+            }
+            self.ops.get_mut(&id).expect("looked at above").blockers += before.len() as u32;
+            self.unblock(id);
         }
     }
 

@@ -79,6 +79,7 @@ impl Driver {
     pub(super) fn replayed(&mut self) {
         if self.replay == Replay::Running {
             self.replay = Replay::Given(OpId(self.next_op + 1));
+            self.order_held_reads();
             self.look_at_replay();
         }
     }
