@@ -1,6 +1,6 @@
 # Every target is plain lines that also work typed by hand. `make help` lists them.
 SHELL := /bin/bash
-.PHONY: help demo clean-demo setup test quick unit simulate bench bench-short cluster-tools fmt fuzz golden clean
+.PHONY: help demo clean-demo setup test quick unit simulate mutants bench bench-short cluster-tools fmt fuzz golden clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -35,7 +35,10 @@ unit: ## unit and process tests of the workspace
 	cargo test --workspace
 
 simulate: ## five minutes of fresh seeds in the deterministic simulator (SECONDS_TO_RUN=300)
-	cargo run --release -p lamina-e2e --bin simulate -- --seconds $${SECONDS_TO_RUN:-300}
+	cargo run --profile sim -p lamina-e2e --features mutants --bin simulate -- --seconds $${SECONDS_TO_RUN:-300}
+
+mutants: ## deliberate protocol mistakes, one at a time: the simulator's oracles must find each (about 10 minutes)
+	cargo run --profile sim -p lamina-e2e --features mutants --bin mutants -- --threads 2
 
 bench: ## volumes beside qemu-nbd, nbdkit and the raw disk in one run, as ratios (25 minutes; keep the machine quiet)
 	cargo build --release -p lamina-operator -p lamina-storage-node -p lamina-csi-node -p lamina-bench

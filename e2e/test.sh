@@ -62,6 +62,10 @@ step tidy cargo test -p lamina-e2e --test tidy
 step protocol cargo test -p lamina-protocol -p lamina-client
 step portable ./e2e/portable.sh
 step fuzz ./fuzz/run.sh 60
+export SIMULATED_SEEDS=2000
+step simulator cargo test --profile sim -p lamina-e2e --features mutants --test simulation -- --nocapture
+unset SIMULATED_SEEDS
+step mutants cargo run --profile sim -p lamina-e2e --features mutants --bin mutants -- --short --threads 2
 
 if [ "$quick" = no ]; then
   say "waiting for the programs of the cluster"

@@ -84,6 +84,7 @@ mutants! {
     SyncingNotWritten, "§2.2", "a write is not sent to members that are being filled";
     OverlapsRace, "§4.5", "overlapping writes of a driver are not serialised";
     ReplayReadsEarly, "§4.5", "a successor reads before it has all requests back";
+    RestartedReadsEarly, "§4.5", "a restarted read does not wait for overlapping writes after it";
     SentMayRunOut, "R8", "a write that was sent may end with ENOSPC";
     BadIsAbsent, "R12", "a block that cannot be read becomes absent";
     FillOverPresent, "§4.3", "a fill overwrites present blocks";

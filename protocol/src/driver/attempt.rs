@@ -60,15 +60,35 @@ impl Driver {
     /// All is given back: reads wait for the writes among it that they overlap, and for nothing else.
     pub(super) fn order_held_reads(&mut self) {
         for id in std::mem::take(&mut self.held_reads) {
-            let Some(range) = self.ops.get(&id).map(|op| op.kind.range()) else { continue };
-            let mut before = Vec::new();
-            self.order.enter(id, &range, false, &mut before);
-            for other in &before {
-                self.ops.get_mut(other).expect("a write in the order is under way").waiters.push(id);
+            if self.ops.contains_key(&id) {
+                self.put_behind_writes(id);
+                self.unblock(id);
             }
-            self.ops.get_mut(&id).expect("looked at above").blockers += before.len() as u32;
-            self.unblock(id);
         }
+    }
+
+    /// A read that is restarted: overlapping writes that came after it may be on some members by now.
+    fn waits_again(&mut self, id: OpId) -> bool {
+        let op = self.ops.get_mut(&id).expect("the caller found it");
+        let restarted = matches!(op.kind, Kind::Read { .. }) && op.attempt.number != op.waited;
+        op.waited = op.attempt.number;
+        restarted && !on(Mutant::RestartedReadsEarly) && self.put_behind_writes(id)
+    }
+
+    /// Lets a read wait for every write under way that it overlaps; whether there is one.
+    fn put_behind_writes(&mut self, id: OpId) -> bool {
+        let range = self.ops[&id].kind.range();
+        let mut before = Vec::new();
+        self.order.enter(id, &range, false, &mut before);
+        for other in &before {
+            self.ops.get_mut(other).expect("a write in the order is under way").waiters.push(id);
+        }
+        let op = self.ops.get_mut(&id).expect("looked at above");
+        op.blockers += before.len() as u32;
+        if !before.is_empty() {
+            op.state = State::Blocked;
+        }
+        !before.is_empty()
     }
 
     /// Put an operation among those under way; it is `Blocked` if it overlaps a write before it.
@@ -121,6 +141,9 @@ impl Driver {
         }
         assert!(op.kind.range().end <= view.map.size, "the runtime refuses requests beyond the volume");
         if changes && !self.find_room(id) {
+            return;
+        }
+        if self.waits_again(id) {
             return;
         }
         let op = self.ops.get_mut(&id).expect("it was found above");

@@ -198,6 +198,8 @@ pub(super) struct Op {
     pub(super) waiters: Vec<OpId>,
     /// The first `seq` of its first attempt; `confirmed` stays below it until the write has succeeded.
     pub(super) first_seq: Option<Seq>,
+    /// The attempt of a read that has waited for overlapping writes after it: once for each, so none waits for ever.
+    pub(super) waited: u32,
     /// Whether a frame that changes blocks may have left: from then on it never ends with ENOSPC (R8).
     pub(super) sent: bool,
     /// Its range was revoked after it was handed in (PROTOCOL.md §7).
@@ -217,6 +219,7 @@ impl Op {
             blockers: 0,
             waiters: Vec::new(),
             first_seq: None,
+            waited: 0,
             sent: false,
             revoked: false,
             kept_bytes: 0,

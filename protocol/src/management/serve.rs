@@ -188,9 +188,18 @@ impl Volume {
         world.wake_at(world.now.after(AGAIN_MS));
     }
 
-    pub(super) fn delete_answered(&mut self, world: &mut World<'_>, copy: CopyId, reply: Option<ControlReply>) {
+    pub(super) fn delete_answered(
+        &mut self,
+        world: &mut World<'_>,
+        server: ServerId,
+        copy: CopyId,
+        reply: Option<ControlReply>,
+    ) {
         let Some(deleting) = self.deleting.get_mut(&copy) else { return };
+        let opened = world.servers.of(server).is_some_and(|state| state.has_opened(world.now));
         match reply {
+            // Before all devices were opened that says nothing: it is asked again.
+            Some(ControlReply::NoCopy { .. }) if !opened => {}
             // Not there is as good as deleted; a closed device says so instead.
             Some(ControlReply::Done | ControlReply::NoCopy { .. }) if !deleting.done => {
                 deleting.done = true;

@@ -342,7 +342,7 @@ impl Volume {
         self.compare_stored(world, reply.as_ref());
         match call.what {
             What::Serve(generation) => self.serve_answered(world, call.server, generation, reply),
-            What::Delete(copy) => self.delete_answered(world, copy, reply),
+            What::Delete(copy) => self.delete_answered(world, call.server, copy, reply),
             What::Ask => self.ask_answered(call.server, reply),
             What::Limit => self.limit_answered(call.server, reply),
             What::Put(copy) => self.put_answered(world, copy, call.server, reply),

@@ -66,3 +66,17 @@ fn a_successor_reads_only_after_overlapping_writes_that_are_given_back_later() {
     bench.serve_all();
     assert!(matches!(bench.result(1), Some(Ok(_))) && bench.is_done(2));
 }
+
+/// Found by the simulator: restarted, it saw the write on one member, and then the node died and the write was undone.
+#[test]
+fn a_read_that_is_restarted_waits_for_an_overlapping_write_that_came_after_it() {
+    let mut bench = Bench::serving(pair(1));
+    bench.read(1, 0, 4096);
+    bench.write(2, 0, 4096);
+    bench.cut(1, true);
+    assert!(!bench.under_way(2).contains(&"read"), "the write may be on this member alone");
+    bench.connect_all();
+    bench.open_all();
+    bench.serve_all();
+    assert!(bench.is_done(1) && bench.is_done(2));
+}

@@ -159,6 +159,23 @@ fn a_deleted_volume_goes_only_when_every_holder_confirmed() {
     assert!(fake.servers.values().all(|s| s.copies.is_empty()));
 }
 
+/// Found by the simulator: devices are opened one after the other, and what is on the next one was called deleted.
+#[test]
+fn r14_a_server_that_has_just_started_does_not_confirm_a_deletion_by_not_having_the_copy() {
+    let mut fake = Fake::with_volume(3, 2, 1);
+    fake.server(2).up = false;
+    fake.run(5_000);
+    fake.wish(|w| w.deleted = true);
+    fake.run(5_000);
+    let copies = std::mem::take(&mut fake.server(2).copies);
+    fake.server(2).up = true;
+    fake.run(2_000);
+    assert_eq!(fake.status().retired.len(), 1, "its device may not be open yet");
+    fake.server(2).copies = copies;
+    fake.run(10_000);
+    assert!(fake.object.is_none() && fake.server(2).copies.is_empty());
+}
+
 #[test]
 fn a_person_may_let_a_copy_go_whose_holder_never_comes_back() {
     let mut fake = Fake::with_volume(3, 2, 1);
