@@ -112,15 +112,18 @@ pub fn memory_bytes(name: &str) -> Option<u64> {
 /// # Errors
 /// Something is still there after 20 s (a process stuck in the kernel).
 pub fn kill_all(name: &str) -> Result<(), HostError> {
-    wait_until(&format!("the processes of {name} to end"), Duration::from_secs(20), || {
-        thaw(name);
-        let left = pids(name);
-        for pid in left.iter().filter_map(|pid| Pid::from_raw(*pid)) {
-            // Gone already is what we want; a fork since is found in the next round.
-            kill_process(pid, Signal::KILL).ok();
-        }
-        Ok(left.is_empty())
-    })
+    wait_until(&format!("the processes of {name} to end"), Duration::from_secs(20), || Ok(kill(name) == 0))
+}
+
+/// Kills what is in cgroup `name` now; returns how many there were.
+pub fn kill(name: &str) -> usize {
+    thaw(name);
+    let left = pids(name);
+    for pid in left.iter().filter_map(|pid| Pid::from_raw(*pid)) {
+        // Gone already is what we want; a fork since is found by who asks again.
+        kill_process(pid, Signal::KILL).ok();
+    }
+    left.len()
 }
 
 /// Removes the emptied cgroup `name` everywhere.

@@ -27,6 +27,7 @@ pub mod cgroup;
 pub mod cluster;
 pub mod control_plane;
 pub mod down;
+pub mod fuse;
 pub mod host;
 pub mod image;
 pub mod layout;

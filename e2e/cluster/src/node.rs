@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::cgroup;
+use crate::fuse;
 use crate::host::{HostError, at, mounts_below, quote, run_with_file, wait_until, write};
 use crate::image::PAUSE;
 use crate::layout::{Layout, NodeId, Place, Tools};
@@ -100,6 +101,9 @@ pub fn power_off(layout: &Layout, node: NodeId) -> Result<(), HostError> {
 pub fn end_all(layout: &Layout, node: NodeId) -> Result<(), HostError> {
     let name = layout.name_of(Place::Node(node));
     let mut devices = loops::of_cgroup(&name)?;
+    let connections = fuse::of_cgroup(&name)?;
+    cgroup::kill(&name);
+    fuse::abort(&connections, &layout.place_dir(Place::Node(node)).join("fusectl"))?;
     cgroup::kill_all(&name)?;
     devices.extend(loops::on_disk(&layout.node_disk(node))?);
     loops::detach(&devices)

@@ -27,6 +27,8 @@ mod outages;
 mod sanity;
 #[path = "cluster/stage.rs"]
 mod stage;
+#[path = "cluster/story.rs"]
+mod story;
 #[path = "cluster/volumes.rs"]
 mod volumes;
 
@@ -58,6 +60,8 @@ const CASES: &[Case] = &[
         Needs::Programs,
         outages::plugin_killed_and_replaced,
     ),
+    Case("no_acknowledged_commit_is_lost_by_killed_servers_and_a_move", Needs::Programs, story::on_an_own_cluster),
+    Case("nor_on_an_existing_cluster_named_by_its_kubeconfig", Needs::Programs, story::on_an_existing_cluster),
     Case("a_killed_leader_is_followed_by_one_that_heals", Needs::Programs, outages::leader_killed),
     Case(
         "a_volume_deleted_with_a_server_away_says_so_until_it_is_back",
