@@ -7,6 +7,8 @@ mod directory;
 mod kubernetes;
 #[path = "whole/medium.rs"]
 mod medium;
+#[path = "whole/restored.rs"]
+mod restored;
 #[path = "whole/servers.rs"]
 mod servers;
 #[path = "whole/shown.rs"]

@@ -76,6 +76,13 @@ pub enum ControlRequest {
         /// How much.
         limit: FillLimit,
     },
+    /// Can you reach that server? Asked about servers that are silent together, when the leader suspects itself.
+    Reach {
+        /// Which.
+        server: ServerId,
+        /// `host:port` of its block listener, in order.
+        addresses: Vec<String>,
+    },
 }
 
 /// What fills of one volume may take at one server.
@@ -134,6 +141,13 @@ pub enum ControlReply {
     Inventory {
         /// Each copy.
         copies: Vec<CopyInventory>,
+    },
+    /// To `Reach`.
+    Reached {
+        /// Which.
+        server: ServerId,
+        /// It answered, as that very server.
+        reached: bool,
     },
 }
 
@@ -296,6 +310,7 @@ wire_enum!(ControlRequest {
     7 = GetVolume { volume },
     8 = Inventory,
     9 = LimitFills { volume, limit },
+    10 = Reach { server, addresses },
     3 = Fence(fence),
 });
 wire_struct!(FillLimit { bytes_per_second, pages });
@@ -310,6 +325,7 @@ wire_enum!(ControlReply {
     7 = DeviceClosed,
     8 = Volume { volume },
     9 = Inventory { copies },
+    10 = Reached { server, reached },
 });
 wire_struct!(Alive { server, cluster, lease_number, leaving, devices, copies, behind });
 wire_struct!(DeviceReport { device, boot, capacity_bytes, free_bytes });

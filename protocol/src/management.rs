@@ -36,6 +36,7 @@ pub mod object;
 mod pace;
 pub mod placement;
 pub mod plan;
+mod reach;
 mod reconfigure;
 mod serve;
 mod tell;
@@ -65,6 +66,7 @@ pub struct Leader {
     rooms: BTreeMap<VolumeId, Vec<(ServerId, u64)>>,
     calls: Calls,
     lease: Lease,
+    rounds: reach::Rounds,
     inventories: BTreeMap<ServerId, Inventory>,
     views: BTreeMap<ServerId, ServerView>,
     stale: BTreeMap<StaleKey, StaleSince>,
@@ -84,6 +86,7 @@ impl Leader {
             rooms: BTreeMap::new(),
             calls: Calls::default(),
             lease: Lease::default(),
+            rounds: reach::Rounds::default(),
             inventories: BTreeMap::new(),
             views: BTreeMap::new(),
             stale: BTreeMap::new(),
@@ -225,6 +228,10 @@ impl Leader {
                 self.inventories.entry(server).or_default().copies = copies;
                 Concerned::All
             }
+            (What::Reach(suspect), reply, _) => {
+                self.take_reached(now, call, suspect, reply);
+                Concerned::Nobody
+            }
             (_, reply, Some(id)) => {
                 self.with(now, id, out, |volume, world| volume.answered(world, call, reply));
                 Concerned::Volume(id)
@@ -314,6 +321,7 @@ impl Leader {
                 self.ask(now, *id, What::Inventory, ControlRequest::Inventory, out);
             }
         }
+        self.ask_about_suspects(now, out);
         self.calls.pending.retain(|_, call| now.since(call.sent) < FORGET_CALL_MS);
         !changed.is_empty()
     }

@@ -33,6 +33,7 @@ pub mod medium;
 mod page_ops;
 mod pending;
 mod pull;
+mod reach;
 mod reconfigure;
 mod report;
 mod requests;
@@ -77,6 +78,8 @@ pub struct StorageServer {
     execs: BTreeMap<ExecId, Exec>,
     ops: BTreeMap<OpId, (BootId, Owner)>,
     pulls: BTreeMap<CopyId, Pull>,
+    /// Servers that a leader asks about.
+    tries: BTreeMap<PeerId, reach::Try>,
     minted: u64,
     lease_number: u64,
     leaving: bool,
@@ -108,6 +111,8 @@ enum Due {
     Pulls(VolumeId),
     /// A fill that keeps its pace goes on.
     Fill(CopyId),
+    /// A try to reach a server is over.
+    Reach(PeerId),
 }
 
 /// Who waits for the answer of a medium operation.
@@ -154,6 +159,7 @@ impl StorageServer {
             execs: BTreeMap::new(),
             ops: BTreeMap::new(),
             pulls: BTreeMap::new(),
+            tries: BTreeMap::new(),
             minted: 0,
             lease_number: 0,
             leaving: false,
@@ -192,6 +198,7 @@ impl StorageServer {
                 Due::Behind(volume) => self.behind_due(volume),
                 Due::Pulls(volume) => self.start_pulls(volume),
                 Due::Fill(copy) => self.fill_due(copy),
+                Due::Reach(peer) => drop(self.tried(peer, false)),
             }
         }
         let next = self.timers.first().map_or(Millis::NEVER, |(at, _)| *at);

@@ -19,11 +19,11 @@ use tonic::Request;
 use super::servers::Servers;
 use super::{PATIENCE, options};
 
-const CLUSTER: ClusterId = ClusterId(0xc1);
+pub(crate) const CLUSTER: ClusterId = ClusterId(0xc1);
 
-struct Operator {
-    admin: admin::Verbs,
-    directory: Directory,
+pub(crate) struct Operator {
+    pub(crate) admin: admin::Verbs,
+    pub(crate) directory: Directory,
     front: lamina_operator::front::Front,
     metrics: lamina_operator::metrics::Metrics,
     stop: watch::Sender<bool>,
@@ -31,7 +31,7 @@ struct Operator {
 }
 
 impl Operator {
-    async fn start(folder: &TempDir, die_at: Option<FailPoint>) -> Self {
+    pub(crate) async fn start(folder: &TempDir, die_at: Option<FailPoint>) -> Self {
         let (directory, changes) = Directory::open(folder.path()).await.unwrap();
         let (options, stop) = options(CLUSTER, die_at);
         let (front, metrics) = (options.front.clone(), options.metrics.clone());
@@ -47,7 +47,13 @@ impl Operator {
         }
     }
 
-    async fn create(&self, kind: &str, name: &str, spec: Value, status: Value) -> Result<Value, tonic::Status> {
+    pub(crate) async fn create(
+        &self,
+        kind: &str,
+        name: &str,
+        spec: Value,
+        status: Value,
+    ) -> Result<Value, tonic::Status> {
         let object = json!({
             "apiVersion": "lamina.dev/v1alpha1", "kind": kind, "metadata": {"name": name}, "spec": spec, "status": status,
         });
@@ -56,7 +62,7 @@ impl Operator {
         Ok(serde_json::from_str(&made.json).unwrap())
     }
 
-    async fn add(&self, servers: &Servers) {
+    pub(crate) async fn add(&self, servers: &Servers) {
         for (n, server) in servers.all.iter().enumerate() {
             let status = json!({"addresses": {"control": [server.address.to_string()]}});
             self.create("StorageServer", &format!("s{n}"), json!({}), status).await.unwrap();
@@ -65,27 +71,27 @@ impl Operator {
         self.create("ReplicationPolicy", "two", spec, Value::Null).await.unwrap();
     }
 
-    async fn volume(&self, name: &str) -> Result<Value, tonic::Status> {
+    pub(crate) async fn volume(&self, name: &str) -> Result<Value, tonic::Status> {
         self.create("Volume", name, json!({"size": "16Mi", "policy": "two"}), Value::Null).await
     }
 
-    async fn attach(&self, node: &str) -> Result<v1::AttachReply, tonic::Status> {
+    pub(crate) async fn attach(&self, node: &str) -> Result<v1::AttachReply, tonic::Status> {
         let request = v1::AttachRequest { volume: "v".to_owned(), node: node.to_owned(), read_only: false };
         Ok(self.admin.attach(Request::new(request)).await?.into_inner())
     }
 
-    async fn detach(&self, node: &str) -> Result<v1::Object, tonic::Status> {
+    pub(crate) async fn detach(&self, node: &str) -> Result<v1::Object, tonic::Status> {
         let request = v1::DetachRequest { volume: "v".to_owned(), node: node.to_owned() };
         Ok(self.admin.detach(Request::new(request)).await?.into_inner())
     }
 
-    async fn delete(&self) -> Result<v1::Object, tonic::Status> {
+    pub(crate) async fn delete(&self) -> Result<v1::Object, tonic::Status> {
         let name = v1::Name { kind: "Volume".to_owned(), name: "v".to_owned() };
         Ok(self.admin.delete(Request::new(name)).await?.into_inner())
     }
 
     /// Waits until the volume `v` is so.
-    async fn until(&self, what: &str, so: impl Fn(&Value) -> bool) -> Value {
+    pub(crate) async fn until(&self, what: &str, so: impl Fn(&Value) -> bool) -> Value {
         let mut version = self.directory.version();
         let deadline = tokio::time::Instant::now() + PATIENCE;
         loop {
@@ -101,13 +107,13 @@ impl Operator {
         }
     }
 
-    async fn stop(self) -> Ended {
+    pub(crate) async fn stop(self) -> Ended {
         self.stop.send_replace(true);
         tokio::time::timeout(PATIENCE, self.task).await.unwrap().unwrap()
     }
 }
 
-fn state_is(state: &'static str) -> impl Fn(&Value) -> bool {
+pub(crate) fn state_is(state: &'static str) -> impl Fn(&Value) -> bool {
     move |volume| volume["status"]["state"] == state
 }
 
@@ -246,7 +252,7 @@ async fn a_server_that_is_killed_is_left_out_and_filled_when_it_is_back() {
     assert_eq!(operator.stop().await, Ended::Stopped);
 }
 
-fn condition<'a>(volume: &'a Value, kind: &str) -> &'a Value {
+pub(crate) fn condition<'a>(volume: &'a Value, kind: &str) -> &'a Value {
     let conditions = volume["status"]["conditions"].as_array().unwrap();
     conditions.iter().find(|c| c["type"] == kind).unwrap()
 }

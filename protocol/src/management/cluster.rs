@@ -158,8 +158,12 @@ impl Leader {
         if lasts && !seen.session.is_none() && known.told.is_none_or(|at| now.since(at) >= STALE_AGAIN_MS) {
             known.told = Some(now);
             let text = format!(
-                "session {} of volume {} had generation {}, needs {}",
-                seen.session, volume.object.name, seen.had, seen.need
+                "client {} (session {}) of volume {} had generation {}, needs {}",
+                volume.node_of(seen.session),
+                seen.session,
+                volume.object.name,
+                seen.had,
+                seen.need
             );
             let reason = EventReason::StaleSession;
             out.push(Output::Event(Event { volume: Some(seen.volume), server: Some(server), reason, text }));
@@ -172,6 +176,13 @@ impl Leader {
 }
 
 impl Volume {
+    /// The node of a session, as far as the map or a wish names it.
+    fn node_of(&self, session: SessionId) -> &str {
+        let listed = self.map().and_then(|map| map.session(session)).map(|s| s.node.as_str());
+        let wished = || self.object.wishes.sessions.iter().find(|wish| wish.id == session).map(|w| w.node.as_str());
+        listed.or_else(wished).unwrap_or("unknown")
+    }
+
     /// Why this volume's copies cannot be taken from a server (002 \[0030\]).
     fn vetoes(&self, server: ServerId) -> Vec<Veto> {
         let Some(map) = self.map() else { return Vec::new() };

@@ -4,7 +4,8 @@
 //! Unknown ──answer──> Alive <──answer── Failed | Suspected
 //!    └──3 s──┐          │
 //!            v          v 3 s silent, or refused while a driver reports it
-//!          Failed or, if two servers and more than 30 % fall silent within 10 s, Suspected ──driver's report──> Failed
+//!          Failed or, if two servers and more than 30 % fall silent within 10 s, Suspected ──driver's report, or
+//!                                                                    no answering server reaches it──> Failed
 //! ```
 
 use super::placement::Candidate;
@@ -48,6 +49,8 @@ pub(super) struct ServerState {
     refused: bool,
     reported: Option<Millis>,
     foreign: bool,
+    /// No server that answers can reach it.
+    unreached: bool,
     /// Bytes in use as told last, and when.
     used_told: (u64, Millis),
 }
@@ -80,6 +83,7 @@ impl ServerState {
             refused: false,
             reported: None,
             foreign: false,
+            unreached: false,
             used_told: (0, now),
         }
     }
@@ -254,6 +258,7 @@ impl Servers {
         }
         server.heard = Some(now);
         server.refused = false;
+        server.unreached = false;
         let boots = alive.devices.iter().map(|d| d.boot).filter(|boot| !boot.is_none());
         if sent >= server.fence_heard {
             server.boots = boots.collect();
@@ -268,6 +273,14 @@ impl Servers {
     pub(super) fn refused(&mut self, id: ServerId) {
         if let Some(server) = self.by_id.get_mut(&id) {
             server.refused = true;
+        }
+    }
+
+    /// No server that answers can reach it; it is judged at the next heartbeat, which is sent at once.
+    pub(super) fn unreached(&mut self, now: Millis, id: ServerId) {
+        if let Some(server) = self.by_id.get_mut(&id) {
+            server.unreached = true;
+            server.next_beat = now;
         }
     }
 
@@ -301,7 +314,7 @@ impl Servers {
                     Some(_) => ServerHealth::Alive,
                     None => ServerHealth::Unknown,
                 },
-                () if server.reported(now) => ServerHealth::Failed,
+                () if server.reported(now) || server.unreached => ServerHealth::Failed,
                 () if was == ServerHealth::Failed => was,
                 () if was == ServerHealth::Suspected || self_suspect => ServerHealth::Suspected,
                 () => ServerHealth::Failed,

@@ -143,7 +143,7 @@ impl Volume {
         let suspected = map.members().any(|m| world.servers.health(m.server) == super::ServerHealth::Suspected);
         if suspected {
             "; so many servers are silent at once that the operator suspects itself: they are left out only when a \
-             driver reports them too"
+             driver reports them too or no server that answers can reach them"
         } else {
             ""
         }

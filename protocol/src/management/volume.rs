@@ -36,6 +36,7 @@ pub(super) enum What {
     Delete(CopyId),
     Ask,
     Limit,
+    Reach(ServerId),
 }
 
 /// A call that was not answered yet.
@@ -348,7 +349,7 @@ impl Volume {
             What::Put(copy) => self.put_answered(world, copy, call.server, reply),
             What::Flush => self.flush_answered(call.server),
             What::Fence(generation) => self.fence_answered(world, call.server, generation, reply),
-            What::Heartbeat | What::Inventory => {}
+            What::Heartbeat | What::Inventory | What::Reach(_) => {}
         }
     }
 

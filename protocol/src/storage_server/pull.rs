@@ -211,6 +211,9 @@ impl StorageServer {
     }
 
     pub(super) fn peer_connected(&mut self, peer: PeerId) {
+        if self.tried(peer, true) {
+            return;
+        }
         let Some(copy) = self.pull_of(peer) else { return self.out.push(Output::PeerClose { peer }) };
         let server = self.config.server;
         let pull = self.pulls.get_mut(&copy).expect("just found");
@@ -228,6 +231,9 @@ impl StorageServer {
     }
 
     pub(super) fn peer_broken(&mut self, peer: PeerId) {
+        if self.tried(peer, false) {
+            return;
+        }
         if let Some(copy) = self.pull_of(peer) {
             self.pause(copy);
         }

@@ -68,6 +68,7 @@ impl StorageServer {
             ControlRequest::GetVolume { volume } => self.volume_report(volume),
             ControlRequest::Inventory => self.inventory(),
             ControlRequest::LimitFills { volume, limit } => self.limit_fills(volume, limit),
+            ControlRequest::Reach { server, addresses } => return self.reach(call, server, addresses),
             ControlRequest::Fence(fence) => return self.order_fence(call, fence),
             ControlRequest::Serve { map } => return self.order_serve(call, map),
             ControlRequest::PutCopy { volume, generation, copy, device, placement, group, layers, unsynced } => {

@@ -248,6 +248,7 @@ pub(crate) fn control_requests() -> Vec<ControlRequest> {
         ControlRequest::GetVolume { volume },
         ControlRequest::Inventory,
         ControlRequest::LimitFills { volume, limit: FillLimit { bytes_per_second: 0x0020_0000, pages: 9 } },
+        ControlRequest::Reach { server: SERVER, addresses: vec!["10.0.0.7:4711".to_owned()] },
     ]
 }
 
@@ -264,6 +265,7 @@ pub(crate) fn control_replies() -> Vec<ControlReply> {
         ControlReply::DeviceClosed,
         ControlReply::Volume { volume: Some(VolumeReport { promised: Generation(0x18), map: Some(map()) }) },
         ControlReply::Inventory { copies: vec![inventory] },
+        ControlReply::Reached { server: SERVER, reached: true },
     ]
 }
 

@@ -24,6 +24,8 @@ pub(super) struct FakeServer {
     pub(super) id: ServerId,
     pub(super) boot: BootId,
     pub(super) up: bool,
+    /// The leader does not hear it, but other servers do.
+    pub(super) hidden: bool,
     /// Answers heartbeats but no fence.
     pub(super) stuck: bool,
     pub(super) closed: bool,
@@ -53,6 +55,7 @@ impl FakeServer {
             id: ServerId(id),
             boot: BootId(id * 1000),
             up: true,
+            hidden: false,
             stuck: false,
             closed: false,
             leaving: false,
@@ -249,6 +252,7 @@ impl FakeServer {
                 self.copies.insert(copy, FakeCopy { unsynced: 100 * u64::from(unsynced), ..FakeCopy::default() });
                 ControlReply::Done
             }
+            ControlRequest::Reach { .. } => unreachable!("answered by those who know the others"),
             ControlRequest::PrepareFlush { .. } => ControlReply::Done,
             ControlRequest::LimitFills { limit, .. } => {
                 self.limits.push((self.stored(), limit));
@@ -400,6 +404,17 @@ impl Fake {
 
     fn carry_out(&mut self, output: Output) {
         match output {
+            Output::Control { server, call, request: ControlRequest::Reach { server: about, .. } } => {
+                let (asked, other) = (&self.servers[&server], &self.servers[&about]);
+                let reached = other.up || other.hidden;
+                match asked.up {
+                    true => {
+                        let reply = ControlReply::Reached { server: about, reached };
+                        self.input(Input::Reply { server, call, reply });
+                    }
+                    false => self.input(Input::Unreachable { server, call }),
+                }
+            }
             Output::Control { server, call, request } => {
                 match self.servers.get_mut(&server).and_then(|s| s.answer(request)) {
                     Some(reply) => self.input(Input::Reply { server, call, reply }),
@@ -571,24 +586,4 @@ pub(super) fn volume(copies: u8, groups: u8) -> VolumeObject {
         delete_kept: Vec::new(),
     };
     VolumeObject { id: V, name: "data".to_string(), id_is_new: true, wishes, status: Status::default() }
-}
-
-impl Fake {
-    /// One line for each committed map.
-    pub(super) fn story(&self) -> String {
-        let mut lines = Vec::new();
-        for map in &self.history {
-            let group = |(_, _, g): (u32, u32, &Group)| {
-                let members = g.members.iter().map(|m| {
-                    format!("{}{:?}b{}{}", m.server.0, m.state, m.boot.0, if m.unpromised { "!" } else { "" })
-                });
-                format!("[{} loss {} {:?}]", members.collect::<Vec<_>>().join(" "), g.loss, g.settle)
-            };
-            let groups: Vec<_> = map.groups().map(group).collect();
-            let sessions =
-                map.sessions.iter().map(|s| format!("{}{:?}i{}h{}", s.id.0, s.standing, s.incarnation, s.handled));
-            lines.push(format!("{} {} {}", map.generation, groups.join(" "), sessions.collect::<Vec<_>>().join(" ")));
-        }
-        lines.join("\n")
-    }
 }

@@ -318,3 +318,48 @@ fn a_report_of_no_progress_under_an_older_generation_fails_nobody_later() {
     fake.run(8_000);
     assert_eq!(fake.group(0), "1A 2A", "the last one was not let go, and is not let go when it no longer is the last");
 }
+
+/// Two of the three members die in the same moment, with nobody attached who could report them.
+fn two_silent(hidden: bool) -> Fake {
+    let mut fake = Fake::with_volume(4, 3, 1);
+    assert_eq!(fake.group(0), "1A 2A 3A");
+    for server in [1, 2] {
+        fake.server(server).up = false;
+        fake.server(server).hidden = hidden;
+    }
+    fake.run(4_000);
+    fake
+}
+
+#[test]
+fn servers_that_die_together_do_not_block_an_idle_volume_when_no_other_server_reaches_them() {
+    let mut fake = two_silent(false);
+    fake.attach(1, "n1");
+    fake.run(15_000);
+    assert_eq!(fake.status().session(SessionId(1)), SessionState::Admitted, "{:?}", fake.conditions);
+    assert_eq!(fake.group(0), "1F 2F 3A");
+}
+
+#[test]
+fn servers_that_others_still_reach_are_not_failed_because_the_leader_is_cut_off() {
+    let mut fake = two_silent(true);
+    fake.attach(1, "n1");
+    fake.run(60_000);
+    assert_eq!(fake.group(0), "1A 2A 3A");
+    let healthy = fake.condition(ConditionKind::Healthy);
+    assert!(healthy.text.contains("suspects itself"), "{healthy:?}");
+    for server in [1, 2] {
+        (fake.server(server).up, fake.server(server).hidden) = (true, false);
+    }
+    fake.run(5_000);
+    assert_eq!(fake.status().session(SessionId(1)), SessionState::Admitted);
+    assert_eq!(fake.group(0), "1A 2A 3A", "nobody was left out for it");
+}
+
+#[test]
+fn a_leader_that_hears_nobody_fails_nobody() {
+    let mut fake = Fake::with_volume(3, 2, 1);
+    fake.servers.values_mut().for_each(|server| server.up = false);
+    fake.run(60_000);
+    assert_eq!(fake.group(0), "1A 2A");
+}

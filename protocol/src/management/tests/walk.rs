@@ -104,3 +104,23 @@ proptest! {
         prop_assert_eq!(fake.leader.volume(V).map(|v| &v.status), Some(fake.status()));
     }
 }
+
+impl Fake {
+    /// One line for each committed map.
+    pub(super) fn story(&self) -> String {
+        let mut lines = Vec::new();
+        for map in &self.history {
+            let group = |(_, _, g): (u32, u32, &Group)| {
+                let members = g.members.iter().map(|m| {
+                    format!("{}{:?}b{}{}", m.server.0, m.state, m.boot.0, if m.unpromised { "!" } else { "" })
+                });
+                format!("[{} loss {} {:?}]", members.collect::<Vec<_>>().join(" "), g.loss, g.settle)
+            };
+            let groups: Vec<_> = map.groups().map(group).collect();
+            let sessions =
+                map.sessions.iter().map(|s| format!("{}{:?}i{}h{}", s.id.0, s.standing, s.incarnation, s.handled));
+            lines.push(format!("{} {} {}", map.generation, groups.join(" "), sessions.collect::<Vec<_>>().join(" ")));
+        }
+        lines.join("\n")
+    }
+}

@@ -240,3 +240,17 @@ fn a_fill_keeps_to_its_pace_and_its_window() {
     let report = net.fence(1, 5, vec![]);
     assert_eq!(report.copies[0].unsynced, 0);
 }
+
+#[test]
+fn a_server_says_truly_whether_it_reaches_another_one_and_always_answers() {
+    let mut net = Net::started(2);
+    let ask = |server| ControlRequest::Reach { server: ServerId(server), addresses: vec!["10.0.0.1:1".into()] };
+    let said = |server, reached| ControlReply::Reached { server: ServerId(server), reached };
+    assert_eq!(net.control(0, ask(11)), said(11, true));
+    let nobody = ControlRequest::Reach { server: ServerId(11), addresses: vec![] };
+    assert_eq!(net.control(0, nobody), said(11, false));
+    let call = net.silent_peers(|net| net.control_later(0, ask(11)));
+    assert!(!net.answers.contains_key(&call));
+    net.advance(2_000);
+    assert_eq!(net.answers.remove(&call), Some(said(11, false)));
+}

@@ -151,6 +151,7 @@ pub(super) struct Net {
     pub(super) pushed: Vec<Generation>,
     /// Frames of peers are not delivered while this is set.
     pub(super) cut: bool,
+    mute: bool,
     work: VecDeque<(usize, Input)>,
     peers: BTreeMap<ConnId, (usize, PeerId)>,
     now: Millis,
@@ -222,6 +223,7 @@ impl Net {
             stale: Vec::new(),
             pushed: Vec::new(),
             cut: false,
+            mute: false,
             work: VecDeque::new(),
             peers: BTreeMap::new(),
             now: Millis(0),
@@ -349,7 +351,19 @@ impl Net {
         }
     }
 
+    /// Peers that are connected to meanwhile never answer.
+    pub(super) fn silent_peers<R>(&mut self, act: impl FnOnce(&mut Self) -> R) -> R {
+        self.mute = true;
+        let result = act(self);
+        self.run();
+        self.mute = false;
+        result
+    }
+
     fn connect_peer(&mut self, from: usize, peer: PeerId, server: ServerId) {
+        if self.mute {
+            return;
+        }
         let to = (server.0 - 10) as usize;
         let conn = ConnId(self.fresh() * 100 + to as u64);
         self.peers.insert(conn, (from, peer));
