@@ -58,12 +58,27 @@ pub enum DecodeError {
 pub struct Reader<'a> {
     bytes: &'a [u8],
     at: usize,
+    /// The first tag, where it stands elsewhere than before its fields.
+    tag: Option<u8>,
 }
 
 impl<'a> Reader<'a> {
     /// Starts at the first byte.
     pub fn new(bytes: &'a [u8]) -> Self {
-        Self { bytes, at: 0 }
+        Self { bytes, at: 0, tag: None }
+    }
+
+    /// Reads an enum whose tag stands elsewhere: a frame's kind.
+    pub fn tagged(tag: u8, bytes: &'a [u8]) -> Self {
+        Self { bytes, at: 0, tag: Some(tag) }
+    }
+
+    /// The tag of an enum.
+    pub fn tag(&mut self) -> Result<u8, DecodeError> {
+        match self.tag.take() {
+            Some(tag) => Ok(tag),
+            None => u8::take(self),
+        }
     }
 
     /// The next `n` bytes.
@@ -265,7 +280,7 @@ macro_rules! wire_enum {
                 }
             }
             fn take(from: &mut $crate::codec::Reader<'_>) -> Result<Self, $crate::codec::DecodeError> {
-                match <u8 as $crate::codec::Wire>::take(from)? {
+                match from.tag()? {
                     $($tag => Ok(
                         Self::$variant $({ $($field: $crate::codec::Wire::take(from)?),* })?
                         $(({ let $inner = $crate::codec::Wire::take(from)?; $inner }))?

@@ -25,7 +25,7 @@
 //! checksums, refuses a frame over [`MAX_FRAME_BYTES`], of another version or with bits set that must be 0, and closes
 //! the connection: after a broken frame nothing that follows can be trusted.
 
-use crate::codec::{DecodeError, Reader, Wire, encode, wire_enum, wire_struct};
+use crate::codec::{DecodeError, Reader, Wire, wire_enum, wire_struct};
 use crate::ids::{BootId, ClusterId, Generation, Incarnation, LayerId, OpenNumber, Seq, ServerId, SessionId, VolumeId};
 use crate::layer::BlockStates;
 use crate::limits::MAX_FRAME_BYTES;
@@ -494,11 +494,6 @@ impl Place {
     pub fn blocks(&self) -> std::ops::Range<u32> {
         self.offset / crate::layer::BLOCK_BYTES..(self.offset + self.length) / crate::layer::BLOCK_BYTES
     }
-}
-
-fn body_bytes<T: Wire>(body: &T) -> (u8, Vec<u8>) {
-    let bytes = encode(body);
-    (bytes[0], bytes[1..].to_vec())
 }
 
 const _: () = assert!(MAX_FRAME_BYTES as usize > HEADER_BYTES);

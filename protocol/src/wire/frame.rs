@@ -2,7 +2,7 @@
 
 use super::{
     Class, HEADER_BYTES, HandleId, ReplyFrame, ReplyHeader, RequestBody, RequestFrame, RequestHeader, RequestId,
-    WIRE_VERSION, body_bytes,
+    WIRE_VERSION,
 };
 use crate::codec::{DecodeError, Reader, Wire};
 use crate::ids::{BootId, Generation, Seq, ServerId};
@@ -48,26 +48,39 @@ struct Numbers {
     confirmed: u64,
 }
 
-/// Everything but the payload.
-fn put_head(out: &mut Vec<u8>, kind: u8, class: Class, numbers: &Numbers, body: &[u8], payload: &[u8]) {
+/// Everything but the payload. The body comes first, so that nothing but the frame itself is allocated: its tag falls on
+/// the header's last byte, where it is read before the header is put over it.
+fn put_head(out: &mut Vec<u8>, class: Class, numbers: &Numbers, body: &impl Wire, payload: &[u8]) {
     let start = out.len();
-    ((HEADER_BYTES + body.len() + payload.len()) as u32).put(out);
-    WIRE_VERSION.put(out);
-    kind.put(out);
-    0u8.put(out);
-    class.put(out);
-    out.extend_from_slice(&[0; 3]);
-    (body.len() as u32).put(out);
-    numbers.request.put(out);
-    numbers.handle.put(out);
-    numbers.id.put(out);
-    for number in [numbers.generation, numbers.second, numbers.seq, numbers.confirmed] {
-        number.put(out);
+    out.resize(start + HEADER_BYTES - 1, 0);
+    body.put(out);
+    let kind = out[start + HEADER_BYTES - 1];
+    let body_bytes = out.len() - start - HEADER_BYTES;
+    let mut header = [0; HEADER_BYTES];
+    header[..4].copy_from_slice(&((HEADER_BYTES + body_bytes + payload.len()) as u32).to_le_bytes());
+    header[4..6].copy_from_slice(&WIRE_VERSION.to_le_bytes());
+    header[6] = kind;
+    header[8] = class_byte(class);
+    header[12..16].copy_from_slice(&(body_bytes as u32).to_le_bytes());
+    header[16..24].copy_from_slice(&numbers.request.to_le_bytes());
+    header[24..32].copy_from_slice(&numbers.handle.to_le_bytes());
+    header[32..48].copy_from_slice(&numbers.id.to_le_bytes());
+    let rest = [numbers.generation, numbers.second, numbers.seq, numbers.confirmed];
+    for (place, number) in header[48..80].chunks_mut(8).zip(rest) {
+        place.copy_from_slice(&number.to_le_bytes());
     }
-    payload_crc(payload).put(out);
-    let header_crc = crc(&[&out[start..], body]);
-    header_crc.put(out);
-    out.extend_from_slice(body);
+    header[80..84].copy_from_slice(&payload_crc(payload).to_le_bytes());
+    let header_crc = crc(&[&header[..HEADER_BYTES - 4], &out[start + HEADER_BYTES..]]);
+    header[84..].copy_from_slice(&header_crc.to_le_bytes());
+    out[start..start + HEADER_BYTES].copy_from_slice(&header);
+}
+
+fn class_byte(class: Class) -> u8 {
+    match class {
+        Class::Foreground => 1,
+        Class::Fill => 2,
+        Class::Scrub => 3,
+    }
 }
 
 struct Parts<'a> {
@@ -122,10 +135,10 @@ fn read_frame(frame: &Bytes) -> Result<Parts<'_>, Framing> {
 }
 
 fn read_body<T: Wire>(kind: u8, body: &[u8]) -> Result<T, Framing> {
-    let mut tagged = Vec::with_capacity(body.len() + 1);
-    tagged.push(kind);
-    tagged.extend_from_slice(body);
-    crate::codec::decode(&tagged)
+    let mut reader = Reader::tagged(kind, body);
+    let value = T::take(&mut reader)?;
+    reader.finish()?;
+    Ok(value)
 }
 
 /// Appends a request.
@@ -146,8 +159,7 @@ pub fn put_request_head(frame: &RequestFrame, out: &mut Vec<u8>) {
         seq: h.seq.0,
         confirmed: h.confirmed.0,
     };
-    let (kind, body) = body_bytes(&frame.body);
-    put_head(out, kind, h.class, &numbers, &body, &frame.payload);
+    put_head(out, h.class, &numbers, &frame.body, &frame.payload);
 }
 
 /// Appends a reply.
@@ -168,8 +180,7 @@ pub fn put_reply_head(frame: &ReplyFrame, out: &mut Vec<u8>) {
         seq: h.token.0,
         confirmed: 0,
     };
-    let (kind, body) = body_bytes(&frame.body);
-    put_head(out, kind, h.class, &numbers, &body, &frame.payload);
+    put_head(out, h.class, &numbers, &frame.body, &frame.payload);
 }
 
 /// Reads one whole request frame; its payload shares the frame's memory.
