@@ -10,7 +10,31 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 /// Those that die within few seeds: the list for CI.
-const SHORT: &[Mutant] = &[];
+const SHORT: &[Mutant] = &[
+    Mutant::ServedAfterFence,
+    Mutant::OlderServed,
+    Mutant::AheadServed,
+    Mutant::BootNotCompared,
+    Mutant::RestartUnseen,
+    Mutant::SyncingRead,
+    Mutant::OldHandlesLive,
+    Mutant::IncarnationNotCompared,
+    Mutant::IncarnationVolatile,
+    Mutant::ResumeIsFresh,
+    Mutant::SupersededTellsKernel,
+    Mutant::FenceWithoutDrain,
+    Mutant::PromiseVolatile,
+    Mutant::UnfencedLeftOut,
+    Mutant::GiveUpTakesBoots,
+    Mutant::LossNotRaised,
+    Mutant::FlushCoversLater,
+    Mutant::ConfirmedUnfinished,
+    Mutant::FlushWithoutDisk,
+    Mutant::AckOnOneCopy,
+    Mutant::SyncingNotWritten,
+    Mutant::RejoinKeepsBlocks,
+    Mutant::UnsyncedActive,
+];
 
 /// Breaks Lamina's protocol on purpose, one rule at a time, and shows that the simulator's oracles see it.
 #[derive(Parser)]

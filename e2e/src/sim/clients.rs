@@ -499,8 +499,11 @@ impl World {
             Output::Exit => {
                 self.counters.count("reached: a superseded driver exits");
                 self.note(|| format!("driver {client}.{} exits", process.epoch));
-                self.clients[client].processes.remove(&process.epoch);
+                let gone = self.clients[client].processes.remove(&process.epoch);
                 self.drop_connections(process, Leaving::Closed);
+                if gone.is_some_and(|r| r.holds_device) {
+                    self.pass_device_on(client);
+                }
             }
         }
     }
@@ -514,6 +517,14 @@ impl World {
             self.register.adopted(session);
         }
         self.moment(Moment::Adopted);
+    }
+
+    /// The process with the device is gone: the one that its members prefer gets it, if it is there already.
+    fn pass_device_on(&mut self, client: usize) {
+        let owner = self.clients[client].processes.iter().rfind(|(_, r)| r.driver.owns_device());
+        if let Some(epoch) = owner.map(|(epoch, _)| *epoch) {
+            self.hand_device_to(Process { host: Host::Driver(client), epoch }, Start::Resume);
+        }
     }
 
     fn count_sent(&mut self, process: Process, body: &RequestBody) {

@@ -20,7 +20,7 @@ use std::collections::{BTreeMap, BTreeSet};
 /// Silences within this time of each other count together, milliseconds.
 pub(super) const TOGETHER_MS: u64 = 10_000;
 /// A server has opened its devices within this time, milliseconds.
-const OPENED_MS: u64 = 5_000;
+pub(super) const OPENED_MS: u64 = 5_000;
 /// Bytes in use are told again when they moved by one part in so many of the capacity.
 const USED_STEPS: u64 = 100;
 /// Or when they moved at all and this long has passed, milliseconds.
@@ -39,6 +39,8 @@ pub(super) struct ServerState {
     pub(super) alive_sent: Millis,
     /// Openings known from that, and from fence replies since.
     boots: BTreeSet<BootId>,
+    /// When these openings were first known: it may have restarted just before.
+    pub(super) boots_at: Millis,
     fence_heard: Millis,
     /// Since when it answers without a break; `None` = it does not.
     pub(super) alive_since: Option<Millis>,
@@ -74,6 +76,7 @@ impl ServerState {
             alive: Alive::default(),
             alive_sent: Millis(0),
             boots: BTreeSet::new(),
+            boots_at: now,
             fence_heard: Millis(0),
             alive_since: None,
             heard: None,
@@ -94,7 +97,8 @@ impl ServerState {
 
     /// Whether it has answered for long enough to have opened all devices that it has: then what is not there is lost.
     pub(super) fn has_opened(&self, now: Millis) -> bool {
-        self.alive_since.is_some_and(|at| now.since(at) >= OPENED_MS) && !self.boots.is_empty()
+        let since = self.alive_since.map(|at| at.max(self.boots_at));
+        since.is_some_and(|at| now.since(at) >= OPENED_MS) && !self.boots.is_empty()
     }
 
     /// Whether new copies may be placed here.
@@ -159,7 +163,11 @@ impl ServerState {
     /// A fence reply showed these openings.
     pub(super) fn learn_boots(&mut self, now: Millis, boots: impl Iterator<Item = BootId>) {
         self.fence_heard = now;
+        let known = self.boots.len();
         self.boots.extend(boots);
+        if self.boots.len() > known {
+            self.boots_at = now;
+        }
     }
 
     fn is_silent(&self, now: Millis, after_ms: u64) -> bool {
@@ -260,10 +268,14 @@ impl Servers {
         server.refused = false;
         server.unreached = false;
         let boots = alive.devices.iter().map(|d| d.boot).filter(|boot| !boot.is_none());
+        let before = server.boots.clone();
         if sent >= server.fence_heard {
             server.boots = boots.collect();
         } else {
             server.boots.extend(boots);
+        }
+        if server.boots != before {
+            server.boots_at = now;
         }
         server.alive = alive;
         server.alive_sent = sent;

@@ -7,7 +7,6 @@
 use super::Step;
 use super::condition::EventReason;
 use super::goal::Start;
-use super::heartbeat::{Hint, ServerState};
 use super::object::{MAX_FORCED, NewCopy, Proposal, Purpose, RetiredCopy, Status, WriteKind};
 use super::plan::{Answer, First, Goal, Hold, Next, first_map, given_up, mistaken_boots, next_map};
 use super::serve::{AGAIN_MS, retire};
@@ -15,7 +14,7 @@ use super::volume::{FenceSilence, Volume, What, World};
 use crate::control::{ControlReply, ControlRequest, Fence, Promised};
 use crate::ids::{CopyId, Generation, LayerId, ServerId};
 use crate::limits::{FENCE_FAIL_MS, FENCE_PATIENCE_MS, MAX_FENCE_PATIENCE_MS, READ_LEASE_WAIT_MS};
-use crate::map::{Member, MemberState, VolumeMap};
+use crate::map::{MemberState, VolumeMap};
 use crate::mutants::{Mutant, on};
 use crate::time::Millis;
 use std::collections::{BTreeMap, BTreeSet};
@@ -316,9 +315,6 @@ impl Volume {
             }
             // Nothing of the volume is there any more.
             Some(ControlReply::NoCopy { .. }) => {
-                let here = self.object.status.map.iter().flat_map(VolumeMap::members).filter(|m| m.server == server);
-                let opened = world.servers.of(server).is_some_and(|s| s.has_opened(world.now));
-                self.lost.extend(here.filter(|_| opened).map(|m| m.copy));
                 self.gone(world, server, true);
             }
             Some(ControlReply::DeviceClosed) => self.gone(world, server, false),
@@ -335,14 +331,8 @@ impl Volume {
         if let Some(state) = world.servers.by_id.get_mut(&server) {
             state.learn_boots(world.now, promised.copies.iter().map(|report| report.boot));
         }
-        let map = self.object.status.map.as_ref();
+        self.note_missing(world, server, &promised);
         let Some(change) = self.change.as_mut() else { return };
-        let lost = |m: &&Member| {
-            let opened = |s: &ServerState| s.has_opened(world.now) && s.hint(m) != Hint::Closed;
-            let here = m.server == server && world.servers.of(server).is_some_and(opened);
-            here && promised.copies.iter().all(|report| report.copy != m.copy)
-        };
-        self.lost.extend(map.iter().flat_map(|m| m.members()).filter(lost).map(|m| m.copy));
         let first = !change.has_a_promise();
         change.answers.insert(server, Answer::Promised(promised));
         change.last_answer = world.now;

@@ -4,11 +4,11 @@
 //! until its holder confirmed the deletion or a person let it go; the finalizer waits for that.
 
 use super::condition::EventReason;
-use super::heartbeat::{Hint, ServerState};
+use super::heartbeat::{Hint, OPENED_MS, ServerState};
 use super::object::{RetiredCopy, Status, WriteKind};
 use super::volume::{Volume, What, World};
 use super::{Output, Step};
-use crate::control::{ControlReply, ControlRequest};
+use crate::control::{ControlReply, ControlRequest, Promised};
 use crate::ids::{CopyId, Generation, ServerId};
 use crate::map::MemberState;
 use crate::mutants::{Mutant, on};
@@ -116,12 +116,34 @@ impl Volume {
             served.done = Some(world.now);
         }
         let Some(state) = world.servers.of(server) else { return };
-        let up = state.has_opened(world.now);
-        let map = self.object.status.map.iter();
-        for m in map.flat_map(|map| map.members()).filter(|m| m.server == server) {
+        let here = self.object.status.map.iter().flat_map(|map| map.members()).filter(|m| m.server == server);
+        for m in here.copied().collect::<Vec<_>>() {
             if m.state != MemberState::Failed {
                 self.suspects.insert(m.copy);
-            } else if up && state.hint(m) != Hint::Closed {
+            } else if state.hint(&m) != Hint::Closed && self.is_missing(world, server, m.copy) {
+                self.lost.insert(m.copy);
+            }
+        }
+    }
+
+    /// A server said that it does not have a copy. Certain only if it said so before, long enough ago that it must have
+    /// opened all its devices since, and has not restarted in between: a restart may not be noticed at once.
+    pub(super) fn is_missing(&mut self, world: &World<'_>, server: ServerId, copy: CopyId) -> bool {
+        let Some(state) = world.servers.of(server) else { return false };
+        let since = self.missing.entry(copy).or_insert(world.now);
+        *since = if state.boots_at > *since { world.now } else { *since };
+        state.has_opened(world.now) && world.now.since(*since) >= OPENED_MS
+    }
+
+    /// A fence was answered without copies that are to be there.
+    pub(super) fn note_missing(&mut self, world: &World<'_>, server: ServerId, promised: &Promised) {
+        let here = self.object.status.map.iter().flat_map(|map| map.members()).filter(|m| m.server == server);
+        for m in here.copied().collect::<Vec<_>>() {
+            if promised.copies.iter().any(|report| report.copy == m.copy) {
+                self.missing.remove(&m.copy);
+            } else if world.servers.of(server).is_some_and(|s| s.hint(&m) != Hint::Closed)
+                && self.is_missing(world, server, m.copy)
+            {
                 self.lost.insert(m.copy);
             }
         }
@@ -195,11 +217,11 @@ impl Volume {
         copy: CopyId,
         reply: Option<ControlReply>,
     ) {
+        let missing = matches!(reply, Some(ControlReply::NoCopy { .. })) && self.is_missing(world, server, copy);
         let Some(deleting) = self.deleting.get_mut(&copy) else { return };
-        let opened = world.servers.of(server).is_some_and(|state| state.has_opened(world.now));
         match reply {
             // Before all devices were opened that says nothing: it is asked again.
-            Some(ControlReply::NoCopy { .. }) if !opened => {}
+            Some(ControlReply::NoCopy { .. }) if !missing => {}
             // Not there is as good as deleted; a closed device says so instead.
             Some(ControlReply::Done | ControlReply::NoCopy { .. }) if !deleting.done => {
                 deleting.done = true;

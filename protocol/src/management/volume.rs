@@ -137,6 +137,8 @@ pub(super) struct Volume {
     pub(super) stalled: BTreeMap<CopyId, Millis>,
     /// `Failed` members that do not rejoin before then.
     pub(super) barred_until: BTreeMap<CopyId, Millis>,
+    /// Copies that their server did not have when it was asked, and since when: it may not have opened all devices.
+    pub(super) missing: BTreeMap<CopyId, Millis>,
     /// Copies that their server does not have any more.
     pub(super) lost: BTreeSet<CopyId>,
     /// Members of which a driver says that they do not serve: a fence finds out.
@@ -182,6 +184,7 @@ impl Volume {
             failed_since: BTreeMap::new(),
             stalled: BTreeMap::new(),
             barred_until: BTreeMap::new(),
+            missing: BTreeMap::new(),
             lost: BTreeSet::new(),
             suspects: BTreeSet::new(),
             fence_silent: BTreeMap::new(),

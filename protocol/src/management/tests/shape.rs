@@ -177,6 +177,19 @@ fn r14_a_server_that_has_just_started_does_not_confirm_a_deletion_by_not_having_
 }
 
 #[test]
+fn r14_nor_does_one_whose_restart_nobody_noticed() {
+    let mut fake = Fake::with_volume(3, 2, 1);
+    fake.run(10_000);
+    let copies = std::mem::take(&mut fake.server(2).copies);
+    fake.wish(|w| w.deleted = true);
+    fake.run(2_000);
+    assert_eq!(fake.status().retired.len(), 1);
+    fake.server(2).copies = copies;
+    fake.run(10_000);
+    assert!(fake.object.is_none() && fake.server(2).copies.is_empty());
+}
+
+#[test]
 fn a_person_may_let_a_copy_go_whose_holder_never_comes_back() {
     let mut fake = Fake::with_volume(3, 2, 1);
     fake.server(2).up = false;
