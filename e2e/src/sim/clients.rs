@@ -193,6 +193,9 @@ impl World {
         let device: Vec<u64> = self.clients[client].device.keys().copied().collect();
         if !device.is_empty() {
             self.counters.count("reached: take-over with requests in flight");
+            if self.clients[client].device.values().any(|r| matches!(r.ask, Ask::Write(..) | Ask::Discard(..))) {
+                self.counters.count("reached: take-over with writes in flight");
+            }
         }
         self.note(|| {
             format!("driver {client}.{} has the device, with {} requests given back", process.epoch, device.len())
@@ -222,6 +225,7 @@ impl World {
         if epochs.is_empty() {
             return false;
         }
+        self.count_crash("a driver");
         self.thaw(Host::Driver(client), None);
         for epoch in epochs {
             self.end_process(client, epoch, Leaving::Closed);

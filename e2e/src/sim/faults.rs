@@ -83,6 +83,7 @@ impl World {
 
     /// Something has come that trouble may wait for.
     pub(super) fn moment(&mut self, moment: Moment) {
+        self.last_moment = Some((moment, self.now));
         if self.timed.is_empty() {
             return;
         }
@@ -94,6 +95,30 @@ impl World {
             } else {
                 self.queue.push(self.now + 1 + timed.later_us, Event::Timed(timed.fault));
             }
+        }
+    }
+
+    /// Counts a crash by what happened within the 5 ms before.
+    pub(super) fn count_crash(&mut self, role: &str) {
+        if let Some((moment, _)) = self.last_moment.filter(|(_, at)| self.now - at < 5_000) {
+            self.counters.count(&format!("crash of {role} just when {moment}"));
+        }
+    }
+
+    /// Counts what a map makes of the loss of a server.
+    fn count_loss_of(&mut self, n: usize) {
+        let (Some(map), id) = (self.store.map(), self.servers[n].id) else { return };
+        let settles = map.settling();
+        let last = map.groups().any(|(_, _, g)| {
+            let mut active = g.in_state(MemberState::Active);
+            let fills = g.in_state(MemberState::Syncing).next().is_some();
+            fills && active.next().is_some_and(|m| m.server == id) && active.next().is_none()
+        });
+        if settles {
+            self.counters.count("reached: a server is lost during a settle");
+        }
+        if last {
+            self.counters.count("reached: the last Active is lost during a fill");
         }
     }
 
@@ -128,6 +153,7 @@ impl World {
         }
         for &server in servers {
             let later = if servers.len() > 1 { self.dice.within(0, 500_000) } else { 0 };
+            self.count_loss_of(server);
             self.stop_server(server, cut, down_ms * 1_000 + later);
         }
     }

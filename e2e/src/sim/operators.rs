@@ -59,6 +59,7 @@ impl World {
         let epoch = host.epoch;
         if host.leader.is_some() {
             self.counters.count("reached: a leader was killed");
+            self.count_crash("a leader");
         }
         self.note(|| format!("operator {n} is down"));
         self.thaw(Host::Operator(n), None);

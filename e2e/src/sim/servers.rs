@@ -114,6 +114,8 @@ impl World {
         if host.machine.take().is_none() {
             return;
         }
+        self.count_crash("a server");
+        let host = &mut self.servers[n];
         let process = Process { host: Host::Server(n), epoch: host.epoch };
         host.powered = cut == Cut::Process;
         host.leaving = false;
@@ -292,6 +294,12 @@ impl World {
         call: management::CallId,
         request: ControlRequest,
     ) {
+        if self.store.holder != Some(self.net.conns[conn].ends[0]) {
+            self.counters.count("reached: a deposed leader's command");
+        }
+        if matches!(request, ControlRequest::Fence(_)) && !self.servers[n].requests.is_empty() {
+            self.counters.count("reached: a fence meets requests under way");
+        }
         let own = CallId(self.mint() as u64);
         if !matches!(request, ControlRequest::Heartbeat { .. }) {
             self.counters.count("control calls");

@@ -9,7 +9,7 @@ use super::faults::Timed;
 use super::finish::Ending;
 use super::net::Net;
 use super::operators::OperatorHost;
-use super::plan::{Action, Fault, Plan};
+use super::plan::{Action, Fault, Moment, Plan};
 use super::queue::Queue;
 use super::register::{Register, Wrong};
 use super::servers::ServerHost;
@@ -49,6 +49,8 @@ pub(super) struct World {
     pub(super) armed: Vec<(LeaderStep, u64)>,
     /// Trouble that waits for a moment.
     pub(super) timed: Vec<Timed>,
+    /// The last moment, and when it was: a crash right after it has a name.
+    pub(super) last_moment: Option<(Moment, u64)>,
     /// What went wrong so far.
     pub(super) injected: Vec<Fault>,
     /// All is healed; no step of the plan acts any more.
@@ -82,6 +84,7 @@ impl World {
             frozen: BTreeMap::new(),
             armed: Vec::new(),
             timed: Vec::new(),
+            last_moment: None,
             injected: Vec::new(),
             healed: false,
             ending: Ending::NotYet,
