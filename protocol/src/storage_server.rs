@@ -44,7 +44,7 @@ mod volume;
 #[cfg(test)]
 mod tests;
 
-pub use contract::{CallId, ConnId, Input, Output, PeerId, StaleSeen, Violation};
+pub use contract::{CallId, ConnId, Input, Output, PeerId, Rot, StaleSeen, Violation};
 pub use report::CopyStanding;
 pub use volume::{VolumeBlob, read_blob};
 

@@ -4,7 +4,7 @@
 //! table; what is shown of a copy or device that is gone goes at the next scrape.
 
 use lamina_protocol::ids::VolumeId;
-use lamina_protocol::storage_server::{StorageServer, Violation};
+use lamina_protocol::storage_server::{Rot, StorageServer, Violation};
 use lamina_protocol::wire::{HandleId, ReplyBody, ReplyFrame, RequestBody, RequestFrame, RequestId};
 use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
 use prometheus_client::metrics::counter::Counter;
@@ -67,6 +67,8 @@ pub(crate) struct Metrics {
     seconds: Histograms,
     refusals: Family<RefusalLabels, Counter>,
     stale: Family<VolumeLabels, Counter>,
+    bad_blocks: Family<VolumeLabels, Counter>,
+    repaired_pages: Family<VolumeLabels, Counter>,
     bad_frames: Family<ReasonLabels, Counter>,
     violations: Family<ReasonLabels, Counter>,
     refused_connections: Family<ReasonLabels, Counter>,
@@ -85,6 +87,8 @@ impl Metrics {
             seconds: Family::new_with_constructor(new_histogram),
             refusals: Family::default(),
             stale: Family::default(),
+            bad_blocks: Family::default(),
+            repaired_pages: Family::default(),
             bad_frames: Family::default(),
             violations: Family::default(),
             refused_connections: Family::default(),
@@ -107,6 +111,8 @@ impl Metrics {
             self.seconds.clone(),
         );
         r.register("refusals", "Requests answered with a numbered reply instead", self.refusals.clone());
+        r.register("volume_bad_blocks", "Blocks that were found bad, by volume", self.bad_blocks.clone());
+        r.register("volume_repaired_pages", "Pages made good from another copy", self.repaired_pages.clone());
         r.register("stale_requests", "Requests of an old generation or an ended session", self.stale.clone());
         r.register("bad_frames", "Connections closed for what is no frame", self.bad_frames.clone());
         r.register("protocol_violations", "Connections closed for breaking the protocol", self.violations.clone());
@@ -127,6 +133,16 @@ impl Metrics {
 
     pub(crate) fn stale(&self, volume: VolumeId) {
         self.stale.get_or_create(&VolumeLabels { volume: volume.to_string() }).inc();
+    }
+
+    /// A page with bad blocks was found, or made good from another copy.
+    pub(crate) fn rot(&self, rot: &Rot) {
+        let labels = VolumeLabels { volume: rot.volume.to_string() };
+        if rot.bad > 0 {
+            self.bad_blocks.get_or_create(&labels).inc_by(u64::from(rot.bad));
+        } else {
+            self.repaired_pages.get_or_create(&labels).inc();
+        }
     }
 
     pub(crate) fn violation(&self, why: Violation) {

@@ -19,7 +19,7 @@ use lamina_protocol::control::{ControlReply, ControlRequest};
 use lamina_protocol::ids::{BootId, ClusterId, ServerId};
 use lamina_protocol::storage_server::medium::{MediumEvent, MediumOp, OpId, Opened};
 use lamina_protocol::storage_server::{
-    CallId, Config, ConnId, CopyStanding, Input, Output, PeerId, StorageServer, Violation,
+    CallId, Config, ConnId, CopyStanding, Input, Output, PeerId, Rot, StorageServer, Violation,
 };
 use lamina_protocol::time::Millis;
 use lamina_protocol::wire::{ReplyFrame, RequestFrame};
@@ -46,6 +46,8 @@ pub(crate) struct Server {
     pub(crate) metrics: Metrics,
     /// Log lines that connections can provoke.
     pub(crate) lines: LineLimit,
+    /// Log lines about bad blocks.
+    rot_lines: LineLimit,
     leaving: Cell<bool>,
     /// When a leader last said something to this very process.
     heard: Cell<Option<Millis>>,
@@ -95,6 +97,7 @@ impl Server {
             attention: Notify::new(),
             metrics,
             lines: LineLimit::default(),
+            rot_lines: LineLimit::default(),
             leaving: Cell::new(false),
             heard: Cell::new(None),
         })
@@ -343,6 +346,7 @@ impl Server {
                 tracing::debug!(volume = %seen.volume, session = %seen.session, had = %seen.had, need = %seen.need, "a stale request");
                 inner.tell(&ServerWord::StaleSeen(seen));
             }
+            Output::Rot(rot) => self.rot(&rot),
             Output::AskMap { volume, at_least } => inner.tell(&ServerWord::AskMap { volume, at_least }),
         }
     }
@@ -352,6 +356,20 @@ impl Server {
         accepted.account.borrow_mut().ended(frame, at, &self.metrics);
         if accepted.link.push(frame) {
             inner.touched.push(accepted.link.clone());
+        }
+    }
+
+    /// R12: told to whoever runs the servers, for the disk under it may be failing.
+    fn rot(&self, rot: &Rot) {
+        self.metrics.rot(rot);
+        let Some(left_out) = self.rot_lines.admit(clock::now()) else { return };
+        let (volume, copy, page) = (rot.volume, rot.page.copy, rot.page.page);
+        match rot.bad {
+            0 => tracing::info!(%volume, %copy, page, left_out, "bad blocks of a page were taken from another copy"),
+            blocks => tracing::warn!(
+                %volume, %copy, page, blocks, left_out,
+                "the device gave back other than what was written: the blocks are read from another copy"
+            ),
         }
     }
 

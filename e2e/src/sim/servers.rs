@@ -196,6 +196,10 @@ impl World {
                 self.counters.count("reached: a stale request was seen");
                 self.tell_leaders(n, Message::Stale(seen));
             }
+            Output::Rot(rot) => self.counters.count(match rot.bad {
+                0 => "reached: a page with bad blocks was repaired",
+                _ => "reached: bad blocks were found",
+            }),
             Output::AskMap { volume, at_least } => {
                 self.counters.count("reached: a server asked for a map");
                 self.tell_leaders(n, Message::AskMap(volume, at_least));

@@ -223,7 +223,11 @@ impl Machine {
             }
             Output::PeerClose { peer } => drop(self.peers.remove(&peer)),
             Output::WakeAt(then) => self.wake = then,
-            Output::CloseDevice { .. } | Output::Close { .. } | Output::StaleSeen(_) | Output::AskMap { .. } => {}
+            Output::CloseDevice { .. }
+            | Output::Close { .. }
+            | Output::StaleSeen(_)
+            | Output::Rot(_)
+            | Output::AskMap { .. } => {}
         }
     }
 

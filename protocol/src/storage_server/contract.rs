@@ -3,6 +3,7 @@
 use super::medium::{MediumEvent, MediumOp, OpId, Opened};
 use crate::control::{ControlReply, ControlRequest};
 use crate::ids::{BootId, Generation, ServerId, SessionId, VolumeId};
+use crate::layer::PageKey;
 use crate::time::Millis;
 use crate::wire::{ReplyFrame, RequestFrame};
 
@@ -133,6 +134,9 @@ pub enum Output {
     },
     /// A request was answered `Stale` or `Ended`: counted at once by the runtime, told to the operator.
     StaleSeen(StaleSeen),
+    /// Blocks of a page here cannot be trusted any more, or they were brought from another copy (R12): for the log and
+    /// the metrics.
+    Rot(Rot),
     /// Ask the operator for the committed map of a volume: a request was ahead of this server.
     AskMap {
         /// Which.
@@ -142,6 +146,17 @@ pub enum Output {
     },
     /// Wake me then; replaces the time set before. `Millis::NEVER` = not at all.
     WakeAt(Millis),
+}
+
+/// Blocks that the device gave back otherwise than they were written, or not at all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rot {
+    /// The volume.
+    pub volume: VolumeId,
+    /// The page of the copy that lies here.
+    pub page: PageKey,
+    /// Blocks of it that were found bad now; 0 = what another copy has of the bad ones was taken from it, durably.
+    pub bad: u32,
 }
 
 /// A stale request, for metrics and events.

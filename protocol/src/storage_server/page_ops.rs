@@ -6,6 +6,7 @@
 //! Executions on a page whose blocks overlap run one after the other unless both only read, in the order in which they
 //! came, so a checksum is never compared with half a write and a fill never overtakes a client's write.
 
+use super::contract::{Output, Rot};
 use super::handles::ReplyTo;
 use super::medium::{MediumAnswer, MediumOp, PageRecord, Record};
 use super::{Device, Line, MAX_CACHED_RECORDS, Owner, StorageServer};
@@ -430,6 +431,7 @@ impl StorageServer {
         if let Some(copy) = known.copies.get_mut(&page.copy) {
             copy.repairs.insert((page.layer, page.page));
         }
+        self.out.push(Output::Rot(Rot { volume, page, bad: blocks.len() as u32 }));
         self.medium(boot, Owner::Bad(volume), MediumOp::Commit(vec![Record::Stale { page, blocks }]));
         self.due(self.now, super::Due::Pulls(volume));
     }

@@ -8,7 +8,7 @@
 //! One pull at a time per copy, called for by the stored map alone and dropped at every promise; a page that was under
 //! way then is asked for again. `unsynced` is cleared durably only after the filled data is durable.
 
-use super::contract::{Output, PeerId};
+use super::contract::{Output, PeerId, Rot};
 use super::fill::{ApplyPage, Mode};
 use super::medium::{MediumAnswer, MediumOp, Record};
 use super::page_ops::{Exec, Work};
@@ -490,15 +490,16 @@ impl StorageServer {
         kind: Kind,
     ) {
         let Some(held) = self.known(volume).copies.get_mut(&copy) else { return };
-        for page in pages {
-            held.repairs.remove(&(layer, *page));
-        }
+        let was_bad = |page: &&u64| held.repairs.remove(&(layer, **page));
+        let repaired: Vec<u64> = pages.iter().filter(was_bad).copied().collect();
         if let (Kind::Fill, Some(own)) = (kind, held.layers.get_mut(&layer)) {
             own.cursor = cursor;
             for page in pages {
                 own.unsynced.remove(page);
             }
         }
+        let keys = repaired.into_iter().map(|page| PageKey { copy, layer, page });
+        self.out.extend(keys.map(|page| Output::Rot(Rot { volume, page, bad: 0 })));
         let Some(pull) = self.pulls.get(&copy) else { return };
         let over = pull.is_idle() && pull.applied.is_empty() && pull.todo.is_empty() && pull.scan >= pull.pages;
         if !over {

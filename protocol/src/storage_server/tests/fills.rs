@@ -176,6 +176,8 @@ fn a_rotted_block_is_answered_as_bad_and_repaired_from_the_next_member() {
     let reply = net.ask(0, handles[0], 1, read_at(0), Bytes::new());
     assert_eq!(reply.body, ReplyBody::BadBlock { blocks: vec![0] }, "R12");
     assert_eq!(net.ask(0, handles[0], 1, read_at(0), Bytes::new()).payload, block(5), "repaired");
+    let told: Vec<_> = net.rot.iter().map(|rot| (rot.volume, rot.page, rot.bad)).collect();
+    assert_eq!(told, [(VOLUME, key, 1), (VOLUME, key, 0)], "found, then repaired");
 }
 
 #[test]

@@ -147,6 +147,7 @@ pub(super) struct Net {
     pub(super) answers: BTreeMap<CallId, ControlReply>,
     pub(super) closed: Vec<Violation>,
     pub(super) stale: Vec<StaleSeen>,
+    pub(super) rot: Vec<Rot>,
     /// Generations of maps pushed to clients.
     pub(super) pushed: Vec<Generation>,
     /// Frames of peers are not delivered while this is set.
@@ -221,6 +222,7 @@ impl Net {
             answers: BTreeMap::new(),
             closed: Vec::new(),
             stale: Vec::new(),
+            rot: Vec::new(),
             pushed: Vec::new(),
             cut: false,
             mute: false,
@@ -347,6 +349,7 @@ impl Net {
                 }
             }
             Output::StaleSeen(seen) => self.stale.push(seen),
+            Output::Rot(rot) => self.rot.push(rot),
             Output::CloseDevice { .. } | Output::PeerClose { .. } | Output::AskMap { .. } | Output::WakeAt(_) => {}
         }
     }
