@@ -27,7 +27,7 @@ pub enum ControlRequest {
         generation: Generation,
         /// The copy.
         copy: CopyId,
-        /// Which device; the server picks the one with most room if this is none.
+        /// Which device; the server picks the one with most room for each copy there if this is none.
         device: DeviceId,
         /// Index of the placement.
         placement: u32,

@@ -265,6 +265,10 @@ impl StorageServer {
     fn device_event(&mut self, boot: BootId, event: MediumEvent) {
         match event {
             MediumEvent::Failed => self.device_failed(boot),
+            MediumEvent::Grown { capacity_bytes, free_bytes } => {
+                let Some(device) = self.devices.get_mut(&boot) else { return };
+                (device.capacity_bytes, device.free_bytes) = (capacity_bytes, free_bytes);
+            }
             MediumEvent::Answered { op, answer, free_bytes } => {
                 let Some(device) = self.devices.get_mut(&boot) else { return };
                 device.free_bytes = free_bytes;

@@ -56,6 +56,7 @@ impl Bench {
     fn wait(&self) {
         match self.events.recv_timeout(Duration::from_secs(60)).unwrap() {
             MediumEvent::Answered { answer, .. } => assert!(answer != MediumAnswer::NoSpace),
+            MediumEvent::Grown { .. } => panic!("nobody lets it grow"),
             MediumEvent::Failed => panic!("the device failed"),
         }
     }

@@ -8,12 +8,13 @@
 //! ```
 //! Invariants: each opening has a boot id of its own; a device is formatted only if it is blank, or a person said
 //! `format` and it is not this cluster's; an id of a server is minted only when every device could be looked at and none
-//! carries one; a device that is no longer listed is served on while a copy lies there.
+//! carries one; a device that is no longer listed is served on while a copy lies there, also by the next process, if it
+//! is told so.
 
 use crate::args::DeviceSpec;
 use crate::serve::Listed;
 use crate::server::Server;
-use crate::store::{self, Device, DeviceError, Identity, OpenOptions};
+use crate::store::{Device, DeviceError, Identity, OpenOptions};
 use lamina_protocol::ids::{BootId, ClusterId, DeviceId, ServerId};
 use lamina_protocol::storage_server::medium::Opened;
 use std::path::{Path, PathBuf};
@@ -86,8 +87,10 @@ struct Slot {
     view: DeviceView,
     /// Failures in a row.
     in_a_row: u32,
-    /// When to look again; none while it is open or being opened.
+    /// When to look again; none while it is being opened, or open and as large as listed.
     again: Option<Instant>,
+    /// An earlier process said that copies lie there; forgotten once it is open and they are counted.
+    said_to_hold: bool,
 }
 
 /// What a blocking piece of work came to.
@@ -125,7 +128,7 @@ impl Slots {
     /// The devices that people list now.
     pub(crate) fn list(&mut self, listed: Listed, server: &Rc<Server>) {
         self.server = self.server.or(listed.server);
-        let specs = listed.devices;
+        let (specs, unlisted) = (listed.devices, listed.unlisted);
         for slot in &mut self.slots {
             slot.listed = specs.iter().any(|spec| spec.path == slot.spec.path);
         }
@@ -144,26 +147,36 @@ impl Slots {
                 Some(_) => {}
             }
         }
+        for spec in unlisted {
+            if !self.slots.iter().any(|slot| slot.spec.path == spec.path) {
+                self.slots.push(Slot { listed: false, said_to_hold: true, ..Slot::new(spec) });
+            }
+        }
         self.drop_unlisted(server);
         self.begin(server);
     }
 
-    fn drop_unlisted(&mut self, server: &Rc<Server>) {
+    /// Closes what is no longer listed once no copy lies there.
+    pub(crate) fn drop_unlisted(&mut self, server: &Rc<Server>) {
+        if self.slots.iter().all(|slot| slot.listed && slot.view.state != DeviceState::Unlisted) {
+            return;
+        }
         let copies = server.copies();
         self.slots.retain_mut(|slot| {
-            let used = slot.view.id.is_some_and(|id| copies.iter().any(|copy| copy.device == id));
+            let used = slot.said_to_hold || slot.view.id.is_some_and(|id| copies.iter().any(|c| c.device == id));
             match (slot.listed, used, slot.view.boot) {
                 (true, _, boot) => {
-                    if boot.is_some() {
+                    if boot.is_some() && slot.view.state == DeviceState::Unlisted {
                         slot.show(DeviceState::Ready, None);
                     }
                     true
                 }
-                (false, true, _) => {
-                    slot.show(DeviceState::Unlisted, Some("no longer listed, but copies lie on it".into()));
+                (false, true, boot) => {
+                    slot.unlisted(boot.is_some());
                     true
                 }
                 (false, false, Some(boot)) => {
+                    tracing::info!(device = %slot.spec.path.display(), "no longer listed and empty: closed");
                     server.close_device(boot);
                     false
                 }
@@ -187,6 +200,10 @@ impl Slots {
         let Some(id) = self.server else { return self.find_identity() };
         for slot in self.slots.iter_mut().filter(|slot| slot.again.is_some_and(|at| at <= now)) {
             slot.again = None;
+            if slot.view.boot.is_some() {
+                grow(slot.spec.clone(), self.outcomes.clone());
+                continue;
+            }
             slot.show(DeviceState::Opening, None);
             let boot = BootId(opening::id());
             let options = OpenOptions {
@@ -229,16 +246,17 @@ impl Slots {
                 }
             }
             Outcome::Opened { path, result } => self.opened_one(&path, result, server),
-            Outcome::Grown { path, result } => match (result, self.slot(&path)) {
-                (Ok(()), Some(slot)) => slot.view.boot.into_iter().for_each(|boot| server.grow(boot)),
-                (Err(why), _) => tracing::error!(device = %path.display(), "cannot grow: {why}"),
-                _ => {}
-            },
+            Outcome::Grown { path, result } => {
+                if let Some(slot) = self.slot(&path) {
+                    slot.grown(result, server);
+                }
+            }
         }
         self.begin(server);
     }
 
     fn opened_one(&mut self, path: &Path, result: Result<(Device, Opened), Failure>, server: &Rc<Server>) {
+        let outcomes = self.outcomes.clone();
         let Some(slot) = self.slot(path) else { return };
         match result {
             Ok((device, opened)) => {
@@ -246,14 +264,14 @@ impl Slots {
                 slot.view.id = Some(opened.device);
                 slot.view.boot = Some(opened.boot);
                 slot.in_a_row = 0;
+                slot.said_to_hold = false;
                 slot.show(DeviceState::Ready, None);
+                grow(slot.spec.clone(), outcomes);
                 server.device_opened(device, opened);
             }
             Err(failure) => slot.failed(failure.state, failure.reason),
         }
-        if self.slots.iter().any(|slot| !slot.listed) {
-            self.drop_unlisted(server);
-        }
+        self.drop_unlisted(server);
     }
 
     /// The machine closed this opening (R3): the device is opened anew after a pause.
@@ -271,9 +289,13 @@ impl Slots {
     }
 }
 
+/// Lets the file of an open device be as large as listed.
 fn grow(spec: DeviceSpec, outcomes: mpsc::Sender<Outcome>) {
+    if spec.size.is_none() {
+        return;
+    }
     tokio::task::spawn_blocking(move || {
-        let result = spec.size.map_or(Ok(()), |bytes| store::grow_file(&spec.path, bytes));
+        let result = opening::grow(&spec);
         let _ = outcomes.blocking_send(Outcome::Grown { path: spec.path, result });
     });
 }
@@ -288,12 +310,38 @@ impl Slot {
             boot: None,
             failures: 0,
         };
-        Self { spec, listed: true, view, in_a_row: 0, again: Some(Instant::now()) }
+        Self { spec, listed: true, view, in_a_row: 0, again: Some(Instant::now()), said_to_hold: false }
     }
 
     fn show(&mut self, state: DeviceState, reason: Option<String>) {
         self.view.state = state;
         self.view.reason = reason;
+    }
+
+    /// People took it off the list, but copies lie there.
+    fn unlisted(&mut self, is_open: bool) {
+        const REASON: &str = "no longer listed, but copies lie on it: it is used on until they have moved away";
+        if is_open && self.view.state != DeviceState::Unlisted {
+            tracing::warn!(device = %self.spec.path.display(), "{REASON}");
+            self.show(DeviceState::Unlisted, Some(REASON.into()));
+        }
+    }
+
+    /// One whose file cannot grow is used as it is.
+    fn grown(&mut self, result: Result<(), DeviceError>, server: &Rc<Server>) {
+        let Some(boot) = self.view.boot else { return };
+        let Err(why) = result else {
+            if self.view.state == DeviceState::Ready {
+                self.show(DeviceState::Ready, None);
+            }
+            return server.grow(boot);
+        };
+        let reason = format!("used as it is, smaller than listed: {why}");
+        if self.view.reason.as_ref() != Some(&reason) {
+            tracing::error!(device = %self.spec.path.display(), "{reason}");
+        }
+        self.show(self.view.state, Some(reason));
+        self.again = Some(Instant::now() + MAX_PAUSE);
     }
 
     fn failed(&mut self, state: DeviceState, reason: String) {

@@ -1,7 +1,7 @@
 //! What devices' threads say to the server's thread.
 //!
-//! Invariant: it holds at most one event per operation under way, so the devices' queues bound it; the server's thread is
-//! woken when something comes into an empty inbox, and takes all of it at once.
+//! Invariant: it holds at most one event per operation or growth under way, so the devices' queues bound it; the server's
+//! thread is woken when something comes into an empty inbox, and takes all of it at once.
 
 use lamina_protocol::ids::BootId;
 use lamina_protocol::storage_server::medium::MediumEvent;

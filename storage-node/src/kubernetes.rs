@@ -83,7 +83,7 @@ async fn follow(made: Made, cluster: ClusterId, listed: mpsc::Sender<Listed>, th
         let devices = specs(&object);
         if last.as_ref() != Some(&devices) {
             last = Some(devices.clone());
-            let listed_now = Listed { server: known_id(&object, cluster), devices };
+            let listed_now = Listed { server: known_id(&object, cluster), devices, unlisted: unlisted(&object) };
             if listed.send(listed_now).await.is_err() {
                 return;
             }
@@ -138,6 +138,15 @@ fn specs(object: &StorageServer) -> Vec<DeviceSpec> {
         size: device.size.as_ref().and_then(|size| size.bytes().ok()),
     };
     object.spec.devices.iter().map(of).collect()
+}
+
+/// Devices that an earlier process used on although they were taken off the list.
+fn unlisted(object: &StorageServer) -> Vec<DeviceSpec> {
+    let shown = object.status.iter().flat_map(|status| &status.devices);
+    let is_one = |path: &str| !object.spec.devices.iter().any(|listed| listed.path == path);
+    let held = shown.filter(|device| device.copies.is_some_and(|copies| copies > 0) && is_one(&device.path));
+    let of = |path: &str| DeviceSpec { path: path.into(), atomic4k: None, format: false, size: None };
+    held.map(|device| of(&device.path)).collect()
 }
 
 /// The id that the object shows, if it is of this installation.

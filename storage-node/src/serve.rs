@@ -64,6 +64,8 @@ struct Side {
 pub(crate) struct Listed {
     pub(crate) server: Option<lamina_protocol::ids::ServerId>,
     pub(crate) devices: Vec<DeviceSpec>,
+    /// Those on which copies were when they were taken off the list.
+    pub(crate) unlisted: Vec<DeviceSpec>,
 }
 
 /// What the main thread shares with the side one.
@@ -152,7 +154,7 @@ async fn side(main: Main) -> Result<Side, ServeError> {
         };
         crate::kubernetes::start(own, listed, main.asker, main.views).await?;
     } else {
-        let first = Listed { server: main.args.server, devices: main.args.devices };
+        let first = Listed { server: main.args.server, devices: main.args.devices, unlisted: vec![] };
         listed.try_send(first).unwrap_or_else(|_| unreachable!("the queue is new and empty"));
     }
     Ok(Side { sessions, specs, control: control_at, metrics: metrics_at })
@@ -223,6 +225,8 @@ impl Program {
                 Some(outcome) = self.slots.opened.recv() => self.slots.took(outcome, &self.server),
                 Some(listed) = specs.recv() => self.slots.list(listed, &self.server),
                 Some(question) = asked.recv() => {
+                    // Copies may have moved away meanwhile.
+                    self.slots.drop_unlisted(&self.server);
                     // Whoever asked may have gone.
                     let _ = question.send(self.snapshot());
                 }

@@ -4,18 +4,25 @@
 #[allow(dead_code)] // Shared with the other test program.
 #[path = "serving/process.rs"]
 mod process;
+#[allow(dead_code)] // Shared with the other test program.
+#[path = "serving/world.rs"]
+mod world;
 
 use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
-use kube::api::{Patch, PatchParams, PostParams};
+use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
 use kube::runtime::wait::{Condition, await_condition, conditions};
 use kube::{Api, Client};
 use lamina_crds::StorageServer;
-use lamina_crds::storage_server::{DeviceState, StorageServerStatus};
+use lamina_crds::storage_server::{DeviceState, DeviceStatus, StorageServerStatus};
+use lamina_protocol::control::{ControlReply, ControlRequest};
+use lamina_protocol::ids::Generation;
 use process::Process;
-use serde_json::json;
+use serde_json::{Value, json};
+use std::path::Path;
 use std::time::Duration;
 use tokio::time::timeout;
+use world::{COPIES, Leader, VOLUME};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const NODE: &str = "node-1";
@@ -108,4 +115,126 @@ async fn a_foreign_device_is_refused_by_name_until_format_is_said() {
     servers.patch(NODE, &PatchParams::default(), &Patch::Merge(&format)).await.unwrap();
     let ready = until(&servers, first_is(DeviceState::Ready)).await.status.unwrap();
     assert_eq!(ready.devices[0].reason, None);
+}
+
+fn device_is(path: &Path, state: DeviceState) -> impl Condition<StorageServer> {
+    let path = path.display().to_string();
+    move |object: Option<&StorageServer>| {
+        status(object).is_some_and(|s| s.devices.iter().any(|d| d.path == path && d.state == state))
+    }
+}
+
+async fn list(servers: &Api<StorageServer>, devices: Value) -> Result<StorageServer, kube::Error> {
+    let patch = Patch::Merge(json!({"spec": {"devices": devices}}));
+    servers.patch(NODE, &PatchParams::default(), &patch).await
+}
+
+fn of(object: &StorageServer, path: &Path) -> DeviceStatus {
+    let path = path.display().to_string();
+    object.status.as_ref().unwrap().devices.iter().find(|device| device.path == path).unwrap().clone()
+}
+
+/// A running server with one file of 128 MiB, and a copy on it.
+async fn with_a_copy(servers: &Api<StorageServer>, file: &Path, kubeconfig: &Path) -> (Process, Leader) {
+    let server = Process::of_node(NODE, kubeconfig);
+    until(servers, |o: Option<&StorageServer>| status(o).is_some_and(|s| s.addresses.is_some())).await;
+    list(servers, json!([{"path": file, "size": "128Mi"}])).await.unwrap();
+    until(servers, device_is(file, DeviceState::Ready)).await;
+    let mut leader = Leader::connect(&server).await;
+    leader.put_copy(COPIES[0], false).await;
+    until(servers, |o: Option<&StorageServer>| status(o).is_some_and(|s| s.devices[0].copies == Some(1))).await;
+    (server, leader)
+}
+
+#[tokio::test]
+async fn devices_are_added_and_grown_online_and_the_leader_sees_the_room_at_once() {
+    let test = "devices_are_added_and_grown_online_and_the_leader_sees_the_room_at_once";
+    let Some(cluster) = lamina_test_apiserver::start_or_skip(test).await else { return };
+    let client = cluster.client().await.unwrap();
+    install(&client).await;
+    let servers: Api<StorageServer> = Api::all(client);
+    let dir = tempfile::tempdir().unwrap();
+    let [a, b] = ["a.img", "b.img"].map(|name| dir.path().join(name));
+    let (_server, mut leader) = with_a_copy(&servers, &a, cluster.kubeconfig()).await;
+    let first = leader.alive().await.devices;
+
+    list(&servers, json!([{"path": a, "size": "128Mi"}, {"path": b, "size": "64Mi"}])).await.unwrap();
+    let both = until(&servers, device_is(&b, DeviceState::Ready)).await;
+    assert_eq!(of(&both, &a).boot.unwrap().value(), Some(first[0].boot.0), "the other is not touched");
+    assert_eq!(leader.alive().await.devices.len(), 2);
+
+    let before = of(&both, &a).capacity_bytes.unwrap();
+    list(&servers, json!([{"path": a, "size": "256Mi"}, {"path": b, "size": "64Mi"}])).await.unwrap();
+    let larger = |o: Option<&StorageServer>| o.is_some_and(|o| of(o, &a).capacity_bytes.unwrap() > before);
+    let grown = until(&servers, larger).await;
+    let room = of(&grown, &a).capacity_bytes.unwrap();
+    assert_eq!(room - before, 128 << 20, "all of it is for pages");
+    let device = leader.alive().await.devices.into_iter().find(|d| d.device == first[0].device).unwrap();
+    assert_eq!((device.capacity_bytes as i64, device.boot), (room, first[0].boot), "in the same opening");
+    assert_eq!(device.free_bytes - first[0].free_bytes, 128 << 20);
+    let shrunk = list(&servers, json!([{"path": a, "size": "128Mi"}, {"path": b, "size": "64Mi"}])).await;
+    assert!(shrunk.unwrap_err().to_string().contains("only grow"), "a person is told at once");
+}
+
+#[tokio::test]
+async fn a_device_that_cannot_grow_is_used_as_it_is_and_says_so() {
+    let test = "a_device_that_cannot_grow_is_used_as_it_is_and_says_so";
+    let Some(cluster) = lamina_test_apiserver::start_or_skip(test).await else { return };
+    let client = cluster.client().await.unwrap();
+    install(&client).await;
+    let servers: Api<StorageServer> = Api::all(client);
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("a.img");
+    let (server, _) = with_a_copy(&servers, &file, cluster.kubeconfig()).await;
+    list(&servers, json!([{"path": file, "size": "63Ti"}])).await.unwrap();
+    let says_so = |o: Option<&StorageServer>| {
+        status(o).is_some_and(|s| s.devices[0].reason.as_ref().is_some_and(|why| why.contains("smaller than listed")))
+    };
+    let shown = of(&until(&servers, says_so).await, &file);
+    assert_eq!((shown.state, shown.copies), (DeviceState::Ready, Some(1)));
+    let boot = shown.boot;
+    server.kill();
+
+    let _server = Process::of_node(NODE, cluster.kubeconfig());
+    let again = |o: Option<&StorageServer>| o.is_some_and(|o| of(o, &file).boot.is_some_and(|b| Some(b) != boot));
+    assert_eq!(of(&until(&servers, again).await, &file).state, DeviceState::Ready, "a restart, too");
+    until(&servers, says_so).await;
+}
+
+#[tokio::test]
+async fn a_device_is_not_taken_away_while_copies_lie_there_and_is_once_they_are_gone() {
+    let test = "a_device_is_not_taken_away_while_copies_lie_there_and_is_once_they_are_gone";
+    let Some(cluster) = lamina_test_apiserver::start_or_skip(test).await else { return };
+    let client = cluster.client().await.unwrap();
+    install(&client).await;
+    let servers: Api<StorageServer> = Api::all(client);
+    let dir = tempfile::tempdir().unwrap();
+    let [a, b] = ["a.img", "b.img"].map(|name| dir.path().join(name));
+    let (server, leader) = with_a_copy(&servers, &a, cluster.kubeconfig()).await;
+    let id = leader.server;
+    list(&servers, json!([{"path": a, "size": "128Mi"}, {"path": b, "size": "64Mi"}])).await.unwrap();
+    until(&servers, device_is(&b, DeviceState::Ready)).await;
+    let refused = list(&servers, json!([{"path": b, "size": "64Mi"}])).await.unwrap_err().to_string();
+    assert!(refused.contains("a device that holds copies cannot be taken away"), "{refused}");
+    list(&servers, json!([{"path": a, "size": "128Mi"}])).await.unwrap();
+    until(&servers, |o: Option<&StorageServer>| status(o).is_some_and(|s| s.devices.len() == 1)).await;
+
+    // Nothing refuses that the whole object is deleted: what lies there is used on, by the next process too.
+    servers.delete(NODE, &DeleteParams::default()).await.unwrap();
+    let unlisted = of(&until(&servers, device_is(&a, DeviceState::Unlisted)).await, &a);
+    assert!(unlisted.reason.unwrap().contains("copies lie on it"));
+    server.kill();
+    let server = Process::of_node(NODE, cluster.kubeconfig());
+    let again = move |o: Option<&StorageServer>| {
+        status(o).is_some_and(|s| s.devices.iter().any(|d| d.boot != unlisted.boot && d.copies == Some(1)))
+    };
+    let shown = of(&until(&servers, again).await, &a);
+    assert_eq!(shown.state, DeviceState::Unlisted);
+    let mut leader = Leader::connect(&server).await;
+    assert_eq!((leader.server, leader.inventory().await.len()), (id, 1));
+
+    let delete = ControlRequest::DeleteCopy { volume: VOLUME, copy: COPIES[0], generation: Generation(2) };
+    assert_eq!(leader.call(delete).await, ControlReply::Done);
+    until(&servers, |o: Option<&StorageServer>| status(o).is_some_and(|s| s.devices.is_empty())).await;
+    assert!(leader.alive().await.devices.is_empty(), "closed once it is empty");
 }

@@ -3,6 +3,8 @@
 //! Invariant of every test: what it starts ends with it, also when it fails.
 #![allow(clippy::unwrap_used)]
 
+#[path = "serving/devices.rs"]
+mod devices;
 #[path = "serving/driven.rs"]
 mod driven;
 #[path = "serving/generations.rs"]
@@ -18,7 +20,8 @@ use lamina_protocol::ids::{BootId, Generation};
 use lamina_protocol::map::MemberState;
 use lamina_protocol::wire::{HEADER_BYTES, ReplyBody, RequestBody};
 use process::Process;
-use std::time::Duration;
+use rustix::process::Signal;
+use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use world::{COPIES, Client, Leader, VOLUME, map, place};
@@ -157,6 +160,31 @@ async fn a_stop_waits_until_the_copies_are_left_out() {
     let left_out = map(2, &members);
     on_a.send(ControlRequest::Serve { map: left_out });
     assert_eq!(a.exited().await, Some(0));
+}
+
+#[tokio::test]
+async fn a_second_signal_during_a_planned_leave_ends_the_process_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    for (n, (first, second)) in [(Signal::TERM, Signal::TERM), (Signal::INT, Signal::TERM)].into_iter().enumerate() {
+        let mut a = Process::start(dir.path(), &format!("a{n}")).await;
+        let b = Process::start(dir.path(), &format!("b{n}")).await;
+        let (mut on_a, mut on_b) = (Leader::connect(&a).await, Leader::connect(&b).await);
+        let (boot_a, boot_b) = (on_a.first_device().await.boot, on_b.first_device().await.boot);
+        on_a.put_copy(COPIES[0], false).await;
+        let members = [
+            (&a, COPIES[0], on_a.server, boot_a, MemberState::Active),
+            (&b, COPIES[1], on_b.server, boot_b, MemberState::Active),
+        ];
+        assert_eq!(on_a.call(ControlRequest::Serve { map: map(1, &members) }).await, ControlReply::Done);
+        a.signal(first);
+        while !matches!(on_a.heartbeat().await, ControlReply::Alive(alive) if alive.leaving) {}
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        assert!(a.is_running(), "it waits to be left out");
+        let asked = Instant::now();
+        a.signal(second);
+        assert_eq!(a.exited().await, Some(0));
+        assert!(asked.elapsed() < Duration::from_secs(3), "long before the leader would be given up");
+    }
 }
 
 #[tokio::test]

@@ -222,6 +222,13 @@ pub enum MediumEvent {
         /// Bytes that pages of any size can still have, after it.
         free_bytes: u64,
     },
+    /// The device has grown.
+    Grown {
+        /// Bytes for pages in all, from now on.
+        capacity_bytes: u64,
+        /// Bytes that pages of any size can still have.
+        free_bytes: u64,
+    },
     /// The opening is over (R3): an operation failed or the device is gone. Nothing is answered after this.
     Failed,
 }

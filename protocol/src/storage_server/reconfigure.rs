@@ -154,10 +154,19 @@ impl StorageServer {
             }
         }
         let fits = |d: &super::Device| device.is_none() || d.device == device;
-        let roomiest = self.devices.iter().filter(|(_, d)| fits(d)).max_by_key(|(_, d)| d.free_bytes);
+        // Copies take room when they are written, so those that are empty count, too.
+        let share = |boot: BootId, d: &super::Device| d.free_bytes / (1 + self.copies_on(boot));
+        let fitting = self.devices.iter().filter(|(_, d)| fits(d));
+        let roomiest = fitting.max_by_key(|(boot, d)| share(**boot, d));
         let Some((&boot, _)) = roomiest else { return self.control_reply(call, ControlReply::NoSpace) };
         self.volumes.entry(volume).or_default();
         self.enqueue(volume, call, Order::Put { copy: record, device: boot }, Stage::Storing);
+    }
+
+    /// Copies that lie on this opening's device.
+    fn copies_on(&self, boot: BootId) -> u64 {
+        let copies = self.volumes.values().flat_map(|known| known.copies.values());
+        copies.filter(|copy| copy.boot == Some(boot)).count() as u64
     }
 
     fn order_flush(&mut self, call: CallId, volume: VolumeId, generation: Generation) {

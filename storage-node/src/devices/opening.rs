@@ -64,10 +64,7 @@ pub(super) fn open(
     sink: Box<dyn FnMut(MediumEvent) + Send>,
 ) -> Result<(Device, Opened), Failure> {
     prepare(spec, options.identity)?;
-    let (device, opened) = store::open(&spec.path, options, sink)?;
-    // It may have grown while nobody looked.
-    device.grow();
-    Ok((device, opened))
+    Ok(store::open(&spec.path, options, sink)?)
 }
 
 fn prepare(spec: &DeviceSpec, identity: Identity) -> Result<(), DeviceError> {
@@ -86,15 +83,16 @@ fn prepare(spec: &DeviceSpec, identity: Identity) -> Result<(), DeviceError> {
     match found {
         Found::Blank => format(false, None),
         // A device of this cluster is never overwritten: it may hold what is missing elsewhere.
-        Found::Ours { cluster, .. } if cluster == identity.cluster => grow(spec),
+        Found::Ours { cluster, .. } if cluster == identity.cluster => Ok(()),
         Found::OtherVersion { .. } | Found::Ours { .. } | Found::Foreign(_) if spec.format => format(true, None),
         // Opening says what is wrong with it.
         Found::OtherVersion { .. } | Found::Ours { .. } | Found::Foreign(_) => Ok(()),
     }
 }
 
-/// Extends a file that is smaller than listed.
-fn grow(spec: &DeviceSpec) -> Result<(), DeviceError> {
+/// Extends a file that is smaller than listed. Only once it is open: one that lost its end is refused, for what was there
+/// would read as never written.
+pub(super) fn grow(spec: &DeviceSpec) -> Result<(), DeviceError> {
     let Some(wanted) = spec.size else { return Ok(()) };
     let is_smaller = std::fs::metadata(&spec.path).is_ok_and(|file| file.is_file() && file.len() < wanted);
     if is_smaller { store::grow_file(&spec.path, wanted) } else { Ok(()) }

@@ -278,14 +278,16 @@ impl Core {
         std::mem::take(&mut self.events)
     }
 
-    /// The device has become larger.
-    pub(crate) fn grow(&mut self, device_bytes: u64) {
+    /// The device may have become larger; whether it has.
+    pub(crate) fn grow(&mut self, device_bytes: u64) -> bool {
         if let Ok(larger) = self.geo.sized(device_bytes)
             && larger.slabs > self.geo.slabs
         {
             self.geo = larger;
             self.space.grow(larger.slabs);
+            return true;
         }
+        false
     }
 
     /// Capacity and free bytes now.

@@ -200,7 +200,8 @@ impl Device {
         ops.collect()
     }
 
-    /// The device or file below has grown: take its new size. Later answers and [`Self::stats`] show it.
+    /// The device or file below has grown: take its new size. [`MediumEvent::Grown`] says so if there is
+    /// more room.
     pub fn grow(&self) {
         let mut queue = self.shared.queue();
         queue.waiting.push_back(Command::Measure);
@@ -252,7 +253,7 @@ fn serve(
     sink: &mut dyn FnMut(MediumEvent),
 ) -> std::io::Result<()> {
     loop {
-        let Some(more) = take_commands(ring, core, shared) else { return Ok(()) };
+        let Some(more) = take_commands(ring, core, shared, sink) else { return Ok(()) };
         core.run();
         core.take_events().into_iter().for_each(&mut *sink);
         if core.has_failed() {
@@ -268,7 +269,7 @@ fn serve(
 }
 
 /// Moves commands to the core as far as its line allows. True = more are waiting; `None` = the handle is gone.
-fn take_commands(ring: &Ring, core: &mut Core, shared: &Shared) -> Option<bool> {
+fn take_commands(ring: &Ring, core: &mut Core, shared: &Shared, sink: &mut dyn FnMut(MediumEvent)) -> Option<bool> {
     let mut queue = shared.queue();
     queue.asleep = false;
     if queue.stopping {
@@ -280,8 +281,13 @@ fn take_commands(ring: &Ring, core: &mut Core, shared: &Shared) -> Option<bool> 
         match command {
             Command::Op(op, what) => core.push(op, what),
             Command::Measure => {
-                if let Ok(bytes) = rustix::fs::seek(ring.disk(), rustix::fs::SeekFrom::End(0)) {
-                    core.grow(bytes);
+                if let Ok(bytes) = rustix::fs::seek(ring.disk(), rustix::fs::SeekFrom::End(0))
+                    && core.grow(bytes)
+                {
+                    let (capacity_bytes, free_bytes) = core.space();
+                    // At once: nothing else may happen on this device for long.
+                    (queue.stats.capacity_bytes, queue.stats.free_bytes) = (capacity_bytes, free_bytes);
+                    sink(MediumEvent::Grown { capacity_bytes, free_bytes });
                 }
             }
         }

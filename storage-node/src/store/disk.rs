@@ -82,14 +82,31 @@ impl FileDisk {
         Ok(Self { fd, is_block })
     }
 
-    /// Makes a file of this size, or grows it; the space is there afterwards.
+    /// Makes a file of this size, or grows it; the space is there afterwards. If there is none, nothing is taken of it.
     pub(crate) fn allocate(path: &Path, bytes: u64) -> Result<(), DeviceError> {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC;
         let fd = rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR);
         let fd = fd.map_err(|e| DeviceError::io("create the file", e))?;
-        rustix::fs::fallocate(&fd, rustix::fs::FallocateFlags::empty(), 0, bytes)
-            .map_err(|e| DeviceError::io("allocate the file", e))?;
+        let is_new = rustix::fs::fstat(&fd).is_ok_and(|file| file.st_size == 0);
+        let allocated = Self::has_room(&fd, bytes)
+            .and_then(|()| rustix::fs::fallocate(&fd, rustix::fs::FallocateFlags::empty(), 0, bytes));
+        if let Err(e) = allocated {
+            if is_new {
+                // An empty file would be too small for ever; without it the next try makes one.
+                let _ = std::fs::remove_file(path);
+            }
+            return Err(DeviceError::io("allocate the file", e));
+        }
         rustix::fs::fsync(&fd).map_err(|e| DeviceError::io("sync the file", e))
+    }
+}
+
+impl FileDisk {
+    /// Looked at first, for a filesystem may hand out all it has before it says that it is not enough.
+    fn has_room(fd: &OwnedFd, bytes: u64) -> rustix::io::Result<()> {
+        let (file, below) = (rustix::fs::fstat(fd)?, rustix::fs::fstatvfs(fd)?);
+        let missing = bytes.saturating_sub(file.st_blocks as u64 * 512);
+        if missing > below.f_bavail.saturating_mul(below.f_frsize) { Err(rustix::io::Errno::NOSPC) } else { Ok(()) }
     }
 }
 

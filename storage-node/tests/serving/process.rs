@@ -1,5 +1,6 @@
 //! One server process; killed when the test ends, however it ends.
 
+use rustix::process::{Pid, Resource, Rlimit, Signal};
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -23,10 +24,19 @@ pub(crate) struct Process {
 impl Process {
     /// Starts a server on free ports, with one file of 128 MiB.
     pub(crate) async fn start(dir: &Path, name: &str) -> Self {
-        let device = dir.join(format!("{name}.img"));
-        let mut command = Command::new(PROGRAM);
-        command.arg("serve").arg("--device").arg(format!("{},size=128MiB", device.display()));
-        let process = Self::spawn(command, device);
+        Self::with_devices(&[format!("{},size=128MiB", dir.join(format!("{name}.img")).display())]).await
+    }
+
+    /// Starts a server on free ports with these devices, and waits until each was looked at.
+    pub(crate) async fn with_devices(devices: &[String]) -> Self {
+        let mut command = Command::new("sh");
+        // Writes above RLIMIT_FSIZE then fail as on a broken disk, and do not end the process.
+        command.args(["-c", "trap '' XFSZ; exec \"$0\" \"$@\"", PROGRAM, "serve"]);
+        for device in devices {
+            command.arg("--device").arg(device);
+        }
+        let first = devices.first().and_then(|device| device.split(',').next()).unwrap_or_default();
+        let process = Self::spawn(command, PathBuf::from(first));
         process.until_metric("state=\"").await;
         process.until(|text| !text.contains("state=\"opening\"")).await;
         process
@@ -68,12 +78,21 @@ impl Process {
 
     /// SIGTERM.
     pub(crate) fn terminate(&self) {
-        let pid = rustix::process::Pid::from_child(&self.child);
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        self.signal(Signal::TERM);
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        rustix::process::kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    /// From now on every write to a file fails, or none.
+    pub(crate) fn fail_writes(&self, fail: bool) {
+        let limit = Rlimit { current: fail.then_some(0), maximum: None };
+        rustix::process::prlimit(Some(Pid::from_child(&self.child)), Resource::Fsize, limit).unwrap();
     }
 
     pub(crate) fn is_running(&self) -> bool {
-        let pid = rustix::process::Pid::from_child(&self.child);
+        let pid = Pid::from_child(&self.child);
         std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).is_ok_and(|stat| !stat.contains(") Z "))
     }
 

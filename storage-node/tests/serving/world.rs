@@ -3,7 +3,7 @@
 use crate::process::Process;
 use bytes::Bytes;
 use lamina_control_api::storage::{Connected, Expected, ServerWord, connect};
-use lamina_protocol::control::{ControlReply, ControlRequest, DeviceReport};
+use lamina_protocol::control::{Alive, ControlReply, ControlRequest, DeviceReport};
 use lamina_protocol::ids::{
     BootId, ClusterId, CopyId, DeviceId, Generation, Incarnation, LayerId, OpenNumber, Seq, ServerId, SessionId,
     VolumeId,
@@ -18,7 +18,7 @@ use lamina_protocol::wire::{
     HandleId, Opener, Place, ReplyBody, ReplyFrame, RequestBody, RequestFrame, RequestHeader, RequestId, Start,
     put_request, read_reply,
 };
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -138,6 +138,18 @@ impl Leader {
     pub(crate) async fn first_device(&mut self) -> DeviceReport {
         let ControlReply::Alive(alive) = self.heartbeat().await else { panic!("no sign of life") };
         alive.devices[0].clone()
+    }
+
+    /// Its sign of life.
+    pub(crate) async fn alive(&mut self) -> Alive {
+        let ControlReply::Alive(alive) = self.heartbeat().await else { panic!("no sign of life") };
+        alive
+    }
+
+    /// On which device each copy lies.
+    pub(crate) async fn inventory(&mut self) -> BTreeMap<CopyId, DeviceId> {
+        let ControlReply::Inventory { copies } = self.call(ControlRequest::Inventory).await else { panic!("no list") };
+        copies.iter().map(|copy| (copy.copy, copy.device)).collect()
     }
 
     pub(crate) async fn put_copy(&mut self, copy: CopyId, unsynced: bool) {

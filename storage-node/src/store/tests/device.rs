@@ -59,6 +59,7 @@ impl Opening {
     fn answer(&self) -> (OpId, MediumAnswer) {
         match self.events.recv_timeout(Duration::from_secs(20)).expect("an answer") {
             MediumEvent::Answered { op, answer, .. } => (op, answer),
+            MediumEvent::Grown { .. } => self.answer(),
             MediumEvent::Failed => panic!("the device failed"),
         }
     }
