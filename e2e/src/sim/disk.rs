@@ -23,10 +23,31 @@ pub(super) struct Version {
     pub(super) data: Option<Bytes>,
     /// Rotted: a read of it says so.
     pub(super) bad: bool,
+    /// It was a hole when it became stale.
+    pub(super) was_hole: bool,
 }
 
 impl Version {
-    const ABSENT: Self = Self { state: BlockState::Absent, data: None, bad: false };
+    const ABSENT: Self = Self { state: BlockState::Absent, data: None, bad: false, was_hole: false };
+
+    /// What it holds stays for a person's force.
+    pub(super) fn become_stale(&mut self) {
+        if self.state != BlockState::Stale {
+            self.was_hole = self.state == BlockState::Hole;
+            self.state = BlockState::Stale;
+        }
+    }
+
+    /// I8: what was kept counts again. Of what was absent nothing was kept: it stays known as bad.
+    pub(super) fn trust(&mut self, slot: bool) {
+        if self.state == BlockState::Stale {
+            self.state = match self.data {
+                _ if self.was_hole || !slot => BlockState::Hole,
+                Some(_) => BlockState::Present,
+                None => BlockState::Stale,
+            };
+        }
+    }
 }
 
 /// One block.
@@ -287,7 +308,7 @@ impl Disk {
         for n in 0..blocks {
             let content = data.slice(n * BLOCK_BYTES as usize..(n + 1) * BLOCK_BYTES as usize);
             self.written.insert((key.copy, super::stamp::first_word(&content)));
-            let version = Version { state: BlockState::Present, data: Some(content), bad: false };
+            let version = Version { state: BlockState::Present, data: Some(content), bad: false, was_hole: false };
             let page = self.page_mut(key).expect("found above");
             page.cells[first as usize + n].later.push((effect, version));
         }
@@ -301,9 +322,12 @@ impl Disk {
         for (blocks, state) in changes {
             for block in blocks.clone() {
                 let cell = &mut page.cells[block as usize];
-                let keeps = *state == BlockState::Stale;
-                let data = if keeps { cell.current().data.clone() } else { None };
-                cell.later.push((effect, Version { state: *state, data, bad: false }));
+                let mut version = Version { state: *state, ..Version::ABSENT };
+                if *state == BlockState::Stale {
+                    version = cell.current().clone();
+                    version.become_stale();
+                }
+                cell.later.push((effect, version));
             }
         }
         MediumAnswer::Done

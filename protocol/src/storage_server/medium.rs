@@ -103,9 +103,10 @@ pub enum Record {
         /// The layer.
         layer: LayerId,
     },
-    /// A person forced the copy (I8): every stale block of the layer is present again with the content that was kept (a
-    /// hole where there is no slot), no page is unsynced by the layer's mark, and the cursor is `u64::MAX`. Flags of
-    /// single pages stay. Costs the same for every size, as the mark does.
+    /// A person forced the copy (I8): every stale block of the layer is again what it was when it became stale, present
+    /// with the content that was kept or a hole (a hole also where there is no slot). One that was absent in a page with a
+    /// slot stays stale: a slot may hold what its earlier owner left, and that is never shown. No page is unsynced by the
+    /// layer's mark, and the cursor is `u64::MAX`. Flags of single pages stay. Costs the same for every size, as the mark does.
     TrustLayer {
         /// The copy.
         copy: CopyId,

@@ -9,10 +9,13 @@
 //! 4   4  0
 //! 8   8  number of the cell (guards against a stray block)
 //! 16 16  state of each block, two bits, lowest first
-//! 32 256 CRC-32C of each block (of present ones)
-//! 288    0
+//! 32 256 CRC-32C of each block (of present ones, and of stale ones with content)
+//! 288 16 of each stale block what was kept, two bits, lowest first: 0 the slot's content, 1 a hole, 2 nothing known
+//! 304    0
 //! ```
 //! A cell that does not verify says nothing of its 64 blocks: all count as stale (R12), never absent.
+//! A slot holds what its earlier owner left where this page never wrote: only `kept` says whose a stale block's content is,
+//! never its checksum, which may be the earlier owner's, too.
 
 use crate::store::aligned::AlignedBuf;
 use crate::store::codec::crc32c;
@@ -25,6 +28,14 @@ const CELL_COVERS: u64 = 64;
 const CELLS_PER_BLOCK: u64 = BLOCK / CELL as u64;
 const STATES_AT: usize = 16;
 const CRCS_AT: usize = 32;
+const KEPT_AT: usize = 288;
+const KEPT_END: usize = KEPT_AT + (CRCS_AT - STATES_AT);
+/// What was kept of a stale block: the slot's content with the cell's checksum.
+const KEPT_CONTENT: u8 = 0;
+/// It was a hole.
+const KEPT_HOLE: u8 = 1;
+/// It was absent and then said to be bad (R12), or its cell was lost.
+const KEPT_NOTHING: u8 = 2;
 
 struct Frame {
     block: u32,
@@ -58,6 +69,15 @@ fn seal(block: u32, buf: &mut [u8]) {
 
 fn verifies(number: u64, cell: &[u8]) -> bool {
     cell[..4] == crc32c(&cell[4..]).to_le_bytes() && cell[8..16] == number.to_le_bytes()
+}
+
+fn two_bits(buf: &[u8], at: usize, nth: usize) -> u8 {
+    buf[at + nth / 4] >> (2 * (nth % 4)) & 3
+}
+
+fn set_two_bits(buf: &mut [u8], at: usize, nth: usize, bits: u8) {
+    let byte = &mut buf[at + nth / 4];
+    *byte = *byte & !(3 << (2 * (nth % 4))) | bits << (2 * (nth % 4));
 }
 
 impl Cells {
@@ -101,6 +121,7 @@ impl Cells {
             if !verifies(u64::from(block) * CELLS_PER_BLOCK + at, cell) {
                 cell.fill(0);
                 cell[STATES_AT..CRCS_AT].fill(0xff);
+                cell[KEPT_AT..KEPT_END].fill(0b1010_1010);
                 self.rotten += 1;
             }
         }
@@ -163,28 +184,54 @@ impl Cells {
     pub(crate) fn of(&mut self, home: HomeBlock) -> (BlockState, u32) {
         let (cell, within) = Self::place_in(home);
         let buf = &self.frame(cell_block_of(home)).buf;
-        let bits = buf[cell + STATES_AT + within / 4] >> (2 * (within % 4)) & 3;
+        let bits = two_bits(buf, cell + STATES_AT, within);
         let at = cell + CRCS_AT + 4 * within;
         let crc = u32::from_le_bytes(buf[at..at + 4].try_into().expect("four bytes"));
         (BlockState::from_bits(bits).expect("two bits"), crc)
     }
 
-    /// Changes a block; `lsn` is the transaction that makes it durable.
+    /// What a block is when what was kept counts again (I8): a stale one is present with the cell's checksum, a hole, or
+    /// stale still where nothing is known.
+    pub(crate) fn trusted(&mut self, home: HomeBlock) -> BlockState {
+        match (self.of(home).0, self.kept(home)) {
+            (BlockState::Stale, KEPT_CONTENT) => BlockState::Present,
+            (BlockState::Stale, KEPT_HOLE) => BlockState::Hole,
+            (state, _) => state,
+        }
+    }
+
+    fn kept(&mut self, home: HomeBlock) -> u8 {
+        let (cell, within) = Self::place_in(home);
+        two_bits(&self.frame(cell_block_of(home)).buf, cell + KEPT_AT, within)
+    }
+
+    /// Changes a block with content of its own; `lsn` is the transaction that makes it durable.
     pub(crate) fn set(&mut self, home: HomeBlock, state: BlockState, crc: u32, lsn: u64) {
+        self.put(home, (state, crc, KEPT_CONTENT), lsn);
+    }
+
+    fn put(&mut self, home: HomeBlock, (state, crc, kept): (BlockState, u32, u8), lsn: u64) {
         let (cell, within) = Self::place_in(home);
         let block = cell_block_of(home);
         let buf = &mut self.frame(block).buf;
-        let byte = &mut buf[cell + STATES_AT + within / 4];
-        *byte = *byte & !(3 << (2 * (within % 4))) | (state as u8) << (2 * (within % 4));
+        set_two_bits(buf, cell + STATES_AT, within, state as u8);
+        set_two_bits(buf, cell + KEPT_AT, within, kept);
         let at = cell + CRCS_AT + 4 * within;
         buf[at..at + 4].copy_from_slice(&crc.to_le_bytes());
         self.mark_dirty(block, lsn);
     }
 
-    /// Changes the state alone; the checksum stays for a person who forces a stale block.
+    /// Changes the state alone; checksum and what was there stay for a person who forces a stale block. Done again after
+    /// a crash it leads to the same: only the last state before the block became stale counts.
     pub(crate) fn set_state(&mut self, home: HomeBlock, state: BlockState, lsn: u64) {
-        let (_, crc) = self.of(home);
-        self.set(home, state, crc, lsn);
+        let (before, crc) = self.of(home);
+        let kept = match (state, before) {
+            (BlockState::Stale, BlockState::Stale) => self.kept(home),
+            (BlockState::Stale, BlockState::Hole) => KEPT_HOLE,
+            (BlockState::Stale, BlockState::Absent) => KEPT_NOTHING,
+            _ => KEPT_CONTENT,
+        };
+        self.put(home, (state, crc, kept), lsn);
     }
 
     fn place_in(home: HomeBlock) -> (usize, usize) {
@@ -257,6 +304,28 @@ mod tests {
         again.loaded(3, Some(rotten));
         assert_eq!((again.of(first + 70).0, again.of(first + 1).0), (BlockState::Stale, BlockState::Absent));
         assert_eq!(again.rotten(), 1);
+    }
+
+    #[test]
+    fn a_stale_block_is_trusted_as_what_it_was_and_never_by_an_earlier_owners_checksum() {
+        use BlockState::{Absent, Hole, Present, Stale};
+        for (before, trusted) in [(Present, Present), (Hole, Hole), (Absent, Stale)] {
+            let mut cells = Cells::new(4);
+            cells.fresh(3, 1);
+            let home = 3 * CELL_BLOCK_COVERS + 9;
+            cells.set(home, Present, 0xdead_beef, 1);
+            cells.set_state(home, before, 2);
+            // As often as a recovery may repeat it.
+            (3..6).for_each(|lsn| cells.set_state(home, Stale, lsn));
+            assert_eq!((cells.of(home).0, cells.trusted(home)), (Stale, trusted), "{before:?}");
+            let written = cells.take_block(3, 6).unwrap();
+            let mut again = Cells::new(4);
+            again.loaded(3, Some(written));
+            assert_eq!((again.of(home).0, again.trusted(home)), (Stale, trusted), "{before:?} read back");
+        }
+        let mut rotten = Cells::new(4);
+        rotten.loaded(3, None);
+        assert_eq!(rotten.trusted(3 * CELL_BLOCK_COVERS), Stale, "nothing is known of it");
     }
 
     #[test]

@@ -164,6 +164,8 @@ pub(crate) struct Core {
     cycle: Option<Cycle>,
     /// Someone waits for everything gathered to be durable.
     want_sync: bool,
+    /// Someone waits for what was written in place to be in the journal.
+    spill: bool,
     checkpoint: Option<Checkpoint>,
     /// Where the next transaction goes.
     head: JournalPoint,
@@ -231,6 +233,7 @@ impl Core {
             flushes: Vec::new(),
             cycle: None,
             want_sync: false,
+            spill: false,
             checkpoint: None,
             head,
             written: head.sequence - 1,

@@ -79,12 +79,12 @@ impl Inspected {
         let mut bad = Vec::new();
         let mut states = match entry.home() {
             None => states_of(self.loaded.table.runs(number), blocks),
-            Some(home) => self.read_slot(&entry, home, blocks, &mut data, &mut bad)?,
+            Some(home) => self.read_slot((&entry, home, unseen), blocks, &mut data, &mut bad)?,
         };
         match unseen {
             Some(Unseen::Stale) => states.make_stale(),
-            Some(Unseen::Trusted) => states.trust_stale(entry.slot().is_some()),
-            None => {}
+            Some(Unseen::Trusted) if entry.slot().is_none() => states.trust_stale(false),
+            Some(Unseen::Trusted) | None => {}
         }
         let record = PageRecord {
             allocated: entry.slot().is_some(),
@@ -98,8 +98,7 @@ impl Inspected {
 
     fn read_slot(
         &mut self,
-        entry: &Entry,
-        home: u64,
+        (entry, home, unseen): (&Entry, u64, Option<Unseen>),
         blocks: u32,
         data: &mut [u8],
         bad: &mut Vec<u32>,
@@ -112,9 +111,14 @@ impl Inspected {
             if !loaded.cells.holds(cells) {
                 loaded.cells.loaded(cells, disk.read_new(loaded.geo.cell_block_at(cells), BLOCK as usize).ok());
             }
-            let (state, crc) = loaded.cells.of(at);
+            let (mut state, crc) = loaded.cells.of(at);
+            let trusted = loaded.cells.trusted(at);
+            if unseen == Some(Unseen::Trusted) {
+                state = trusted;
+            }
             states.set(block, state);
-            if !matches!(state, BlockState::Present | BlockState::Stale) {
+            // Else the slot may hold what its earlier owner left.
+            if trusted != BlockState::Present {
                 continue;
             }
             let place = loaded.overlay.get(&at).copied().unwrap_or(loaded.geo.home_at(at));

@@ -16,7 +16,7 @@ pub(super) fn page_of(record: &Record) -> Option<PageKey> {
 fn make_stale(page: &mut DiskPage) {
     let stale = |version: &mut Version| {
         if version.state != BlockState::Absent {
-            version.state = BlockState::Stale;
+            version.become_stale();
         }
     };
     for cell in &mut page.cells {
@@ -25,14 +25,9 @@ fn make_stale(page: &mut DiskPage) {
 }
 
 fn trust_stale(page: &mut DiskPage) {
-    let trusted = if page.slot { BlockState::Present } else { BlockState::Hole };
-    let trust = |version: &mut Version| {
-        if version.state == BlockState::Stale {
-            version.state = trusted;
-        }
-    };
+    let slot = page.slot;
     for cell in &mut page.cells {
-        cell.for_all(trust);
+        cell.for_all(|version| version.trust(slot));
     }
 }
 
@@ -48,7 +43,7 @@ impl Disk {
             Record::ClearUnsynced(page) => self.with_page(page, |p| p.unsynced = false),
             Record::Stale { page, blocks } => self.with_page(page, |p| {
                 for block in blocks {
-                    p.cells[block as usize].for_all(|version| version.state = BlockState::Stale);
+                    p.cells[block as usize].for_all(Version::become_stale);
                 }
             }),
             Record::DropPage(page) => {

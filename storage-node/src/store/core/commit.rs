@@ -64,19 +64,42 @@ impl Core {
     fn is_ready(&mut self, record: &Record) -> bool {
         let idle = |core: &Self, page: &PageKey| core.find(*page).is_none_or(|n| core.busy_on(n) == Busy::default());
         match record {
-            Record::MarkUnsynced(page) | Record::DropPage(page) => idle(self, page),
+            Record::DropPage(page) => idle(self, page),
+            Record::MarkUnsynced(page) => idle(self, page) && self.is_page_logged(*page),
             Record::Stale { page, .. } => {
                 let slot = self.find(*page).and_then(|n| Some((self.table.at(n).home()?, self.page_blocks(n))));
-                idle(self, page) && slot.is_none_or(|(home, blocks)| self.hold_cells(home, blocks))
+                let held = idle(self, page) && slot.is_none_or(|(home, blocks)| self.hold_cells(home, blocks));
+                held && self.is_page_logged(*page)
             }
             Record::Pending { page, set: false } => {
                 self.find(*page).is_none_or(|number| self.is_whole_page_verified(number))
             }
-            Record::MarkLayerUnsynced { .. } | Record::TrustLayer { .. } | Record::PutCopy(_) | Record::DropCopy(_) => {
-                self.busy.is_empty()
+            Record::MarkLayerUnsynced { copy, layer } => {
+                let stack = self.catalog.stack_of(*copy, *layer).expect("a listed layer");
+                self.busy.is_empty() && self.is_layer_logged(stack)
             }
+            Record::TrustLayer { .. } | Record::PutCopy(_) | Record::DropCopy(_) => self.busy.is_empty(),
             _ => true,
         }
+    }
+
+    /// Whether all that was written to the page is in the journal with its checksum; flushes if not. What becomes stale
+    /// keeps its content for a force (I8), and content without its checksum is worth nothing.
+    pub(super) fn is_page_logged(&mut self, page: PageKey) -> bool {
+        let Some(number) = self.find(page) else { return true };
+        let Some(home) = self.table.at(number).home() else { return true };
+        let range = home..home + u64::from(self.page_blocks(number));
+        let open = self.unlogged.range(range.clone()).chain(self.logging.range(range)).next().is_some();
+        self.spill |= open;
+        !open
+    }
+
+    /// The same for all pages of a layer of a copy.
+    fn is_layer_logged(&mut self, stack: u32) -> bool {
+        let mut open = self.unlogged.values().chain(self.logging.values());
+        let open = open.any(|unlogged| self.table.at(unlogged.number).stack == stack);
+        self.spill |= open;
+        !open
     }
 
     fn apply(&mut self, record: Record) {
@@ -146,9 +169,6 @@ impl Core {
     }
 
     fn mark_unsynced(&mut self, page: PageKey) {
-        if let Some(number) = self.find(page) {
-            self.spoil_unlogged(number);
-        }
         let slotless = self.find(page).is_some_and(|number| self.table.at(number).slot().is_none());
         let mark = self.catalog.stack(self.stack_of(page)).expect("listed").mark;
         self.change_header(page, true, |entry| {
@@ -163,28 +183,8 @@ impl Core {
     }
 
     fn mark_layer_unsynced(&mut self, stack: u32) {
-        let mut numbers: Vec<u32> = self.unlogged.values().chain(self.logging.values()).map(|u| u.number).collect();
-        numbers.sort_unstable();
-        numbers.dedup();
-        for number in numbers {
-            if self.table.at(number).stack == stack {
-                self.spoil_unlogged(number);
-            }
-        }
         let mark = self.catalog.stack(stack).expect("listed").next_mark();
         self.change_catalog(CatalogChange::Mark { stack, mark });
-    }
-
-    /// Blocks that were written and not yet logged become stale like all others.
-    fn spoil_unlogged(&mut self, number: u32) {
-        let Some(page_home) = self.table.at(number).home() else { return };
-        let range = page_home..page_home + u64::from(self.page_blocks(number));
-        let blocks = self.unlogged.range(range.clone()).chain(self.logging.range(range.clone()));
-        let blocks: Vec<u32> = blocks.map(|(home, _)| (home - page_home) as u32).collect();
-        for block in blocks {
-            self.set_states(page_home, block..block + 1, BlockState::Stale);
-        }
-        self.forget_unlogged(range);
     }
 
     fn make_blocks_stale(&mut self, page: PageKey, blocks: &[u32]) {
@@ -193,8 +193,6 @@ impl Core {
         {
             self.materialise(number);
             for block in blocks {
-                let at = home + u64::from(*block);
-                self.forget_unlogged(at..at + 1);
                 self.set_states(home, *block..block + 1, BlockState::Stale);
             }
             return;

@@ -80,7 +80,7 @@ impl Core {
             return;
         }
         let full = self.unlogged.len() >= self.bounds.unlogged || 2 * self.cells.pinned() >= self.cells.limit();
-        let flush = !self.flushes.is_empty() || full && !self.unlogged.is_empty();
+        let flush = !self.flushes.is_empty() || (full || self.spill) && !self.unlogged.is_empty();
         let waited_for = !self.gathering.commits.is_empty() || !self.gathering.writes.is_empty();
         let sync_wanted = self.want_sync && !self.is_quiet();
         if !(flush || waited_for || sync_wanted || !self.has_room_to_gather()) {
@@ -98,6 +98,7 @@ impl Core {
         });
         if flush && !self.unlogged.is_empty() {
             self.logging = std::mem::take(&mut self.unlogged);
+            self.spill = false;
             if self.needs_data_sync() {
                 self.set_stage(Stage::DataSync);
                 self.io(Purpose::CycleDataSync, IoKind::Sync);

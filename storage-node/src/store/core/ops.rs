@@ -153,18 +153,16 @@ impl Core {
 
     /// The states of all blocks of a page. The cells of a page with a slot must be held.
     pub(super) fn view(&mut self, number: u32) -> BlockStates {
-        let blocks = self.page_blocks(number);
-        let mut states = match self.table.at(number).home() {
-            None => states_of(self.table.runs(number), blocks),
-            Some(home) => {
-                let mut states = BlockStates::absent(blocks);
-                (0..blocks).for_each(|block| states.set(block, self.block(home + u64::from(block)).0));
-                states
-            }
-        };
-        match self.unseen(number) {
+        let (blocks, unseen) = (self.page_blocks(number), self.unseen(number));
+        if let Some(home) = self.table.at(number).home() {
+            let mut states = BlockStates::absent(blocks);
+            (0..blocks).for_each(|block| states.set(block, self.state_under(home + u64::from(block), unseen)));
+            return states;
+        }
+        let mut states = states_of(self.table.runs(number), blocks);
+        match unseen {
             Some(Unseen::Stale) => states.make_stale(),
-            Some(Unseen::Trusted) => states.trust_stale(self.table.at(number).slot().is_some()),
+            Some(Unseen::Trusted) => states.trust_stale(false),
             None => {}
         }
         states
@@ -330,6 +328,10 @@ impl Core {
         let home = u64::from(slot) * UNIT_BLOCKS;
         self.set_states(home, 0..blocks, BlockState::Absent);
         for (range, state) in states.runs(0..blocks) {
+            if state == BlockState::Stale {
+                // Without a slot nothing was kept but holes.
+                self.set_states(home, range.clone(), BlockState::Hole);
+            }
             if state != BlockState::Absent {
                 self.set_states(home, range, state);
             }
@@ -371,11 +373,13 @@ impl Core {
                     self.set_states(home, range, BlockState::Stale);
                 }
             }
-            // Cell by cell: what was written and is not logged yet gets its state with its checksum.
+            // The cells themselves, also of what was written and is not logged yet: a crash may lose that.
             Unseen::Trusted => {
-                for block in (0..states.len()).filter(|b| states.of(*b) == BlockState::Present) {
-                    if self.block(home + u64::from(block)).0 == BlockState::Stale {
-                        self.set_states(home, block..block + 1, BlockState::Present);
+                for block in 0..states.len() {
+                    let at = home + u64::from(block);
+                    let trusted = self.cells.trusted(at);
+                    if trusted != self.cells.of(at).0 {
+                        self.set_states(home, block..block + 1, trusted);
                     }
                 }
             }
@@ -393,6 +397,9 @@ impl Core {
         if slotless && self.shape_header(page, stack, found, &changes) {
             self.answer(op, MediumAnswer::Done);
             return None;
+        }
+        if changes.iter().any(|(_, state)| *state == BlockState::Stale) && !self.is_page_logged(page) {
+            return Some(MediumOp::Shape { page, changes });
         }
         match self.slotted(page) {
             Err(NotNow::Wait) => return Some(MediumOp::Shape { page, changes }),
@@ -444,7 +451,9 @@ impl Core {
             assert!(range.end <= self.page_blocks(number), "a shape within its page");
             let at = home + u64::from(range.start)..home + u64::from(range.end);
             self.forget_unlogged(at.clone());
-            self.forget_moved(at);
+            if state != BlockState::Stale {
+                self.forget_moved(at);
+            }
             self.set_states(home, range, state);
         }
         let states = self.view(number);

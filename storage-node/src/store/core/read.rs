@@ -43,6 +43,16 @@ impl Core {
         }
     }
 
+    /// State of a block as an operation sees it, once a mark of the layer counts. Its cells must be held.
+    pub(super) fn state_under(&mut self, home: u64, unseen: Option<Unseen>) -> BlockState {
+        match (self.block(home).0, unseen) {
+            (BlockState::Absent, _) => BlockState::Absent,
+            (_, Some(Unseen::Stale)) => BlockState::Stale,
+            (BlockState::Stale, Some(Unseen::Trusted)) => self.cells.trusted(home),
+            (state, _) => state,
+        }
+    }
+
     /// The byte where a block's data is now.
     fn location(&self, home: u64) -> u64 {
         match self.overlay.get(&home) {
@@ -58,9 +68,12 @@ impl Core {
         let expected = (home..home + u64::from(blocks)).map(|at| match self.block(at) {
             (BlockState::Present, _) if unseen == Some(Unseen::Stale) => Expected::Anything,
             (BlockState::Present, crc) => Expected::Checksum(crc),
-            (BlockState::Stale, crc) if unseen == Some(Unseen::Trusted) => Expected::Checksum(crc),
-            (BlockState::Stale, _) => Expected::Anything,
-            (BlockState::Absent | BlockState::Hole, _) => Expected::Nothing,
+            (BlockState::Stale, crc) if self.cells.trusted(at) == BlockState::Present => match unseen {
+                Some(Unseen::Trusted) => Expected::Checksum(crc),
+                _ => Expected::Anything,
+            },
+            // The slot may hold what its earlier owner left.
+            (BlockState::Stale | BlockState::Absent | BlockState::Hole, _) => Expected::Nothing,
         });
         let expected = expected.collect();
         self.pin_cells(home, blocks, true);

@@ -296,6 +296,74 @@ fn i8_a_forced_layer_serves_what_it_kept_over_a_restart_and_can_be_marked_again(
 }
 
 #[test]
+fn i8_a_forced_page_never_shows_what_an_earlier_owner_left_in_its_slot() {
+    for atomic4k in [false, true] {
+        let (_dir, path) = new_file();
+        let mut opening = Opening::of(&path, atomic4k, 1).with_copy();
+        (0..8).for_each(|number| opening.write(number, 0, 0xaa, 16));
+        opening.flush();
+        opening.act(MediumOp::Commit((0..8).map(|number| Record::DropPage(page(number))).collect()));
+        opening.flush();
+        // Block 0 written, 1 a hole, 2 said to be bad though it is absent, 3 absent, 4 written and not flushed.
+        opening.write(20, 0, 1, 1);
+        opening.act(MediumOp::Shape { page: page(20), changes: vec![(1..2, BlockState::Hole)] });
+        opening.act(MediumOp::Commit(vec![Record::Stale { page: page(20), blocks: vec![2] }]));
+        opening.write(20, 4, 4, 1);
+        opening.act(MediumOp::Commit(vec![Record::MarkLayerUnsynced { copy: COPY, layer: LAYER }]));
+        // One page is changed after the mark, so that its cells say stale; the other is not.
+        opening.write(20, 5, 5, 1);
+        opening.flush();
+        assert_eq!(opening.load(20).unwrap().blocks.of(1), BlockState::Stale);
+        let check = |opening: &mut Opening| {
+            let record = opening.load(20).unwrap();
+            let states = [0, 1, 2, 3, 4, 5].map(|block| record.blocks.of(block));
+            use BlockState::{Absent, Hole, Present, Stale};
+            assert_eq!(states, [Present, Hole, Stale, Absent, Present, Present]);
+            for (block, byte) in [(0, 1), (4, 4), (5, 5)] {
+                assert!(opening.read(20, block..block + 1) == (vec![byte; 4096], vec![]), "block {block}");
+            }
+            for block in [1, 2, 3, 6] {
+                assert!(opening.read(20, block..block + 1) == (vec![0; 4096], vec![block]), "block {block}");
+            }
+        };
+        opening.act(MediumOp::Commit(vec![Record::TrustLayer { copy: COPY, layer: LAYER }]));
+        check(&mut opening);
+        drop(opening);
+        let seen = inspect(&path).unwrap().page(page(20)).unwrap().unwrap();
+        assert_eq!((seen.record.blocks.of(1), seen.bad), (BlockState::Hole, vec![]));
+        assert!(!seen.data.contains(&0xaa), "inspection shows nothing of an earlier owner");
+        let mut again = Opening::of(&path, atomic4k, 2);
+        check(&mut again);
+        // Its cells say it, too, once it is changed.
+        again.write(20, 0, 1, 1);
+        again.flush();
+        check(&mut again);
+    }
+}
+
+#[test]
+fn i8_a_force_holds_over_a_crash_also_for_what_was_written_and_not_flushed() {
+    for atomic4k in [false, true] {
+        let (_dir, path) = new_file();
+        let mut opening = Opening::of(&path, atomic4k, 1).with_copy();
+        opening.act(MediumOp::Commit(vec![Record::Pending { page: page(0), set: true }]));
+        opening.write(0, 0, 1, 1);
+        opening.flush();
+        opening.act(MediumOp::Commit(vec![Record::MarkLayerUnsynced { copy: COPY, layer: LAYER }]));
+        opening.write(0, 0, 2, 1);
+        opening.act(MediumOp::Commit(vec![Record::TrustLayer { copy: COPY, layer: LAYER }]));
+        // Changed after the force, so that its cells say what the force made of them.
+        opening.write(0, 1, 3, 1);
+        opening.act(MediumOp::Commit(vec![Record::LeaseNumber(7)]));
+        drop(opening);
+        let mut again = Opening::of(&path, atomic4k, 2);
+        assert_eq!(again.load(0).unwrap().blocks.of(0), BlockState::Present);
+        let (data, bad) = again.read(0, 0..1);
+        assert!(bad.is_empty() && (data == [1; 4096] || data == [2; 4096]), "old or new");
+    }
+}
+
+#[test]
 fn a_device_that_grew_has_more_room_at_once() {
     let (_dir, path) = new_file();
     let mut opening = Opening::of(&path, false, 1).with_copy();

@@ -4,12 +4,21 @@
 
 use lamina_protocol::layer::BlockState;
 
+/// What was there when a block became stale.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kept {
+    Nothing,
+    Hole,
+    Data(u64),
+}
+
 /// A block's value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Value {
     Absent,
     Hole,
-    Stale,
+    /// With what was kept for a force.
+    Stale(Kept),
     /// Data with this version in every word.
     Data(u64),
 }
@@ -19,13 +28,32 @@ impl Value {
         match self {
             Self::Absent => BlockState::Absent,
             Self::Hole => BlockState::Hole,
-            Self::Stale => BlockState::Stale,
+            Self::Stale(_) => BlockState::Stale,
             Self::Data(_) => BlockState::Present,
         }
     }
 
-    fn marked(self) -> Self {
-        if self == Self::Absent { Self::Absent } else { Self::Stale }
+    /// H7.
+    pub(super) fn marked(self) -> Self {
+        if self == Self::Absent { Self::Absent } else { self.stale() }
+    }
+
+    pub(super) fn stale(self) -> Self {
+        match self {
+            Self::Absent => Self::Stale(Kept::Nothing),
+            Self::Hole => Self::Stale(Kept::Hole),
+            Self::Data(version) => Self::Stale(Kept::Data(version)),
+            Self::Stale(_) => self,
+        }
+    }
+
+    /// I8. Where nothing was kept a page without a slot has a hole, one with a slot still says stale.
+    pub(super) fn trusted(self) -> Self {
+        match self {
+            Self::Stale(Kept::Data(version)) => Self::Data(version),
+            Self::Stale(Kept::Hole) => Self::Hole,
+            other => other,
+        }
     }
 }
 
@@ -47,6 +75,8 @@ pub(super) enum Effect {
     Drop,
     /// The layer's mark: like `Mark`, without the page's own flag.
     LayerMark,
+    /// A person's force on the layer.
+    LayerTrust,
     StaleBlocks(Vec<u32>),
 }
 
@@ -71,8 +101,12 @@ impl<T: Copy + PartialEq> Register<T> {
     }
 
     fn map(&mut self, op: u64, change: impl Fn(T) -> T) {
-        let now: Vec<T> = self.0.iter().map(|(_, value)| *value).collect();
-        now.into_iter().for_each(|value| self.0.push((op, change(value))));
+        let now: Vec<T> = self.0.iter().map(|(_, value)| change(*value)).collect();
+        for value in now {
+            if !self.0.contains(&(op, value)) {
+                self.0.push((op, value));
+            }
+        }
     }
 
     /// Everything before this operation is out of the question.
@@ -90,6 +124,29 @@ impl<T: Copy + PartialEq> Register<T> {
 
     pub(super) fn allows(&self, value: T) -> bool {
         self.0.iter().any(|(_, allowed)| *allowed == value)
+    }
+}
+
+impl Register<Value> {
+    /// A force may have happened.
+    pub(super) fn trust(&mut self, op: u64) {
+        self.map(op, Value::trusted);
+        if self.0.contains(&(op, Value::Stale(Kept::Nothing))) {
+            self.add(op, Value::Hole);
+        }
+    }
+
+    /// A force was answered.
+    pub(super) fn only_trusted(&mut self) {
+        self.trust(u64::MAX);
+        self.settle(u64::MAX);
+    }
+
+    /// A value as it is seen: of a stale block nothing but that it is.
+    pub(super) fn shows(&self, seen: Value) -> bool {
+        let same =
+            |value: &Value| *value == seen || value.state() == BlockState::Stale && seen.state() == BlockState::Stale;
+        self.0.iter().any(|(_, allowed)| same(allowed))
     }
 }
 
@@ -118,6 +175,9 @@ impl PageOracle {
                     self.blocks[*first as usize + nth].add(op, Value::Data(*version));
                 }
             }
+            Effect::Shape { first, count, value: Value::Stale(_) } => {
+                (*first..first + count).for_each(|block| self.blocks[block as usize].map(op, Value::stale));
+            }
             Effect::Shape { first, count, value } => {
                 (*first..first + count).for_each(|block| self.blocks[block as usize].add(op, *value));
             }
@@ -128,6 +188,7 @@ impl PageOracle {
                     self.unsynced.add(op, true);
                 }
             }
+            Effect::LayerTrust => self.blocks.iter_mut().for_each(|block| block.trust(op)),
             Effect::ClearUnsynced => self.unsynced.add(op, false),
             Effect::Drop => {
                 self.blocks.iter_mut().for_each(|block| block.add(op, Value::Absent));
@@ -135,7 +196,7 @@ impl PageOracle {
                 self.unsynced.add(op, false);
             }
             Effect::StaleBlocks(blocks) => {
-                blocks.iter().for_each(|block| self.blocks[*block as usize].add(op, Value::Stale));
+                blocks.iter().for_each(|block| self.blocks[*block as usize].map(op, Value::stale));
             }
         }
     }
@@ -145,7 +206,7 @@ impl PageOracle {
         match effect {
             Effect::Write { .. } | Effect::Shape { .. } => {}
             Effect::Pending(_) => self.pending.settle(op),
-            Effect::Mark | Effect::LayerMark => {
+            Effect::Mark | Effect::LayerMark | Effect::LayerTrust => {
                 self.blocks.iter_mut().for_each(|block| block.settle(op));
                 if matches!(effect, Effect::Mark) {
                     self.unsynced.settle(op);

@@ -5,7 +5,7 @@
 //! build takes under a minute. `LAMINA_POWER_SEED` makes another trace.
 
 use super::cut_disk::{CutDisk, Dice, FATES, Fate, Image, Step, cut};
-use super::oracle::{Effect, PageOracle, Value};
+use super::oracle::{Effect, Kept, PageOracle, Value};
 use crate::store::aligned::AlignedBuf;
 use crate::store::core::{Core, Io, IoKind};
 use crate::store::device::Identity;
@@ -46,6 +46,10 @@ fn copy_record(copy: CopyId) -> Record {
         _ => vec![layer(PLAIN, 64 << 10)],
     };
     Record::PutCopy(CopyRecord { copy, volume: VolumeId(7), placement: 0, group: 0, layers })
+}
+
+fn trust() -> Record {
+    Record::TrustLayer { copy: MAIN, layer: MARKED }
 }
 
 /// What was asked of the store.
@@ -284,8 +288,9 @@ impl Rig {
         match self.dice.roll(1000) {
             0..=3 => self.confirm_all(),
             4..=5 => self.mark_layer(),
+            8..=9 => self.trust_layer(),
             6..=7 => self.replace_other_copy(),
-            8..=60 => self.hand_in(Asked::Flush, MediumOp::Flush),
+            10..=60 => self.hand_in(Asked::Flush, MediumOp::Flush),
             61..=80 => self.put_number(),
             _ => self.ask_of_a_page(),
         }
@@ -320,6 +325,13 @@ impl Rig {
         self.hand_in(Asked::Pages(effects), MediumOp::Commit(vec![record]));
     }
 
+    fn trust_layer(&mut self) {
+        self.drain();
+        let of_layer = |page: &usize| self.pages[*page].0.layer == MARKED;
+        let effects = (0..self.pages.len()).filter(of_layer).map(|page| (page, Effect::LayerTrust)).collect();
+        self.hand_in(Asked::Pages(effects), MediumOp::Commit(vec![trust()]));
+    }
+
     fn replace_other_copy(&mut self) {
         self.drain();
         let of_copy = |page: &usize| self.pages[*page].0.copy == OTHER;
@@ -344,7 +356,7 @@ impl Rig {
             }
             0..=54 => self.write(page, first, count),
             55..=66 => {
-                let value = [Value::Hole, Value::Absent, Value::Stale][self.dice.roll(3) as usize];
+                let value = [Value::Hole, Value::Absent, Value::Stale(Kept::Nothing)][self.dice.roll(3) as usize];
                 let (first, count) = if self.dice.roll(4) == 0 { (0, blocks) } else { (first, count) };
                 let changes = vec![(first..first + count, value.state())];
                 self.hand_in(one(Effect::Shape { first, count, value }), MediumOp::Shape { page: key, changes });
@@ -389,12 +401,18 @@ fn apply(now: &mut [Value], effect: &Effect) {
             let values = versions.iter().map(|version| Value::Data(*version));
             now[*first as usize..].iter_mut().zip(values).for_each(|(slot, value)| *slot = value);
         }
+        Effect::Shape { first, count, value: Value::Stale(_) } => {
+            now[*first as usize..(first + count) as usize].iter_mut().for_each(|value| *value = value.stale());
+        }
         Effect::Shape { first, count, value } => now[*first as usize..(first + count) as usize].fill(*value),
         Effect::Mark | Effect::LayerMark => {
-            now.iter_mut().filter(|v| **v != Value::Absent).for_each(|v| *v = Value::Stale);
+            now.iter_mut().for_each(|value| *value = value.marked());
         }
+        Effect::LayerTrust => now.iter_mut().for_each(|value| *value = value.trusted()),
         Effect::Drop => now.fill(Value::Absent),
-        Effect::StaleBlocks(blocks) => blocks.iter().for_each(|block| now[*block as usize] = Value::Stale),
+        Effect::StaleBlocks(blocks) => {
+            blocks.iter().for_each(|block| now[*block as usize] = now[*block as usize].stale())
+        }
         Effect::Pending(_) | Effect::ClearUnsynced => {}
     }
 }
@@ -508,7 +526,7 @@ impl Moment {
         image
     }
 
-    /// Everything a recovered device shows is allowed.
+    /// Everything a recovered device shows is allowed, also once a person forces it.
     fn check(&self, core: &mut Core, opened: &Opened, disk: &mut Image, what: &str) {
         check_space(core, opened);
         assert!(self.numbers.contains(&opened.lease_number), "{what}: lease number {}", opened.lease_number);
@@ -522,18 +540,9 @@ impl Moment {
             assert!(page.pending.allows(pending), "{what}: {key:?} pending {pending}, {:?}", page.pending);
             assert!(page.unsynced.allows(unsynced), "{what}: {key:?} unsynced {unsynced}, {:?}", page.unsynced);
             assert_eq!(opened.pending.contains(&key), pending, "{what}");
-            for block in 0..blocks {
-                let state = record.as_ref().map_or(BlockState::Absent, |r| r.blocks.of(block));
-                let allowed = &page.blocks[block as usize];
-                let value = match state {
-                    BlockState::Absent => Value::Absent,
-                    BlockState::Hole => Value::Hole,
-                    BlockState::Stale => Value::Stale,
-                    BlockState::Present => Value::Data(read_version(core, disk, key, block, what)),
-                };
-                assert!(allowed.allows(value), "{what}: {key:?} block {block} is {value:?}, allowed {allowed:?}");
-            }
+            check_blocks(core, disk, (key, blocks), page, record.as_ref(), what);
         }
+        check_forced(core, disk, &self.pages, what);
     }
 }
 

@@ -65,3 +65,36 @@ pub(super) fn cut_recovery(mut image: Image, steps: &[Step], unit: usize, dice: 
     cut(&mut image, open.into_iter(), fate, unit, dice);
     image
 }
+
+/// Every block of a page is what it may be.
+pub(super) fn check_blocks(
+    core: &mut Core,
+    disk: &mut Image,
+    (key, blocks): (PageKey, u32),
+    page: &PageOracle,
+    record: Option<&PageRecord>,
+    what: &str,
+) {
+    for block in 0..blocks {
+        let allowed = &page.blocks[block as usize];
+        let value = match record.map_or(BlockState::Absent, |r| r.blocks.of(block)) {
+            BlockState::Absent => Value::Absent,
+            BlockState::Hole => Value::Hole,
+            BlockState::Stale => Value::Stale(Kept::Nothing),
+            BlockState::Present => Value::Data(read_version(core, disk, key, block, what)),
+        };
+        assert!(allowed.shows(value), "{what}: {key:?} block {block} is {value:?}, allowed {allowed:?}");
+    }
+}
+
+/// I8: what a force makes of the recovered layer is what each block was when it became stale, never another page's.
+pub(super) fn check_forced(core: &mut Core, disk: &mut Image, oracle: &[PageOracle], what: &str) {
+    let what = format!("{what}, forced");
+    assert_eq!(ask(core, disk, MediumOp::Commit(vec![trust()])), MediumAnswer::Done, "{what}");
+    for ((key, blocks), page) in pages().into_iter().zip(oracle).filter(|((key, _), _)| key.layer == MARKED) {
+        let mut page = page.clone();
+        page.blocks.iter_mut().for_each(|block| block.only_trusted());
+        let MediumAnswer::Page(record) = ask(core, disk, MediumOp::Load(key)) else { panic!("{what}") };
+        check_blocks(core, disk, (key, blocks), &page, record.as_ref(), &what);
+    }
+}
