@@ -36,6 +36,26 @@ const SHORT: &[Mutant] = &[
     Mutant::UnsyncedActive,
 ];
 
+/// Those that no oracle can find, with the reason why they do no harm as things stand: another rule covers them. Nothing
+/// stands here without such a reason; one that is found all the same is taken off the list.
+const KNOWN: &[(Mutant, &str)] = &[
+    (
+        Mutant::EndedGoesOn,
+        "an ended session is out of the map of every member that the new generation serves, and out of the object: its \
+         requests carry an older generation, which is Stale before anything else is asked",
+    ),
+    (
+        Mutant::GiveUpRepeatsSettled,
+        "what a member clears when it stores a settled map is pending of those that this map no longer lists: the map \
+         before has cleared it already, and one that missed that was given up on reports it as still to settle",
+    ),
+    (
+        Mutant::MapVolatile,
+        "a map that a restart forgets is pushed again: the promise is durable, so that nothing older is served, and a \
+         restart takes the member out of that map",
+    ),
+];
+
 /// Breaks Lamina's protocol on purpose, one rule at a time, and shows that the simulator's oracles see it.
 #[derive(Parser)]
 struct Arguments {
@@ -45,6 +65,9 @@ struct Arguments {
     /// Seeds in which a mistake must be found.
     #[arg(long, default_value_t = 500)]
     seeds: u64,
+    /// Plays only every so manieth of them; with --seed 4, 4 are the directed plans.
+    #[arg(long, default_value_t = 1)]
+    step: usize,
     /// Only mistakes whose name contains this.
     #[arg(long, default_value = "")]
     only: String,
@@ -86,21 +109,45 @@ fn main() -> ExitCode {
         }
     });
     let fates = fates.into_inner().expect("no thread panics with it");
-    let survivors = fates.iter().filter(|f| f.mutant.is_some() && f.found.is_none()).count();
+    verdict(&fates)
+}
+
+/// Success: found is every mistake but the known survivors, and none of these; without a mistake nothing is found.
+fn verdict(fates: &[Fate]) -> ExitCode {
+    let why = |fate: &Fate| KNOWN.iter().find(|(known, _)| Some(*known) == fate.mutant).map(|(_, why)| *why);
+    let of_a_mistake = || fates.iter().filter_map(|f| f.mutant.map(|m| (m, f)));
+    let (mut known, mut survivors, mut wronged) = (0, 0, 0);
+    for (mutant, fate) in of_a_mistake() {
+        match (why(fate), &fate.found) {
+            (Some(why), None) => {
+                println!("known survivor: {mutant:?}: {why}");
+                known += 1;
+            }
+            (Some(_), Some(_)) => {
+                println!("found although listed as a known survivor: {mutant:?}");
+                wronged += 1;
+            }
+            (None, None) => {
+                println!("survivor: {mutant:?}: {}", mutant.words());
+                survivors += 1;
+            }
+            (None, Some(_)) => {}
+        }
+    }
     let sound = fates.iter().all(|f| f.mutant.is_some() || (f.found.is_none() && f.panics == 0));
     println!(
-        "{} mistakes, {survivors} not found; the protocol itself is {}",
-        all.len() - 1,
+        "{} mistakes, {survivors} not found, {known} known survivors; the protocol itself is {}",
+        of_a_mistake().count(),
         if sound { "sound" } else { "NOT sound" }
     );
-    if survivors == 0 && sound { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if survivors == 0 && wronged == 0 && sound { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 fn play(mutant: Option<Mutant>, arguments: &Arguments) -> Fate {
     let began = Instant::now();
     activate(mutant);
     let mut fate = Fate { mutant, found: None, panics: 0, seconds: 0.0 };
-    for seed in arguments.seed..arguments.seed + arguments.seeds {
+    for seed in (arguments.seed..arguments.seed + arguments.seeds).step_by(arguments.step) {
         let plan = Plan::of(seed);
         match sim::run(&plan, Tell::Nothing).failure {
             Some(failure) if failure.oracle == "panic" => fate.panics += 1,

@@ -5,6 +5,7 @@ use super::event::Host;
 use lamina_protocol::management::Step as LeaderStep;
 use std::fmt;
 
+mod directed;
 mod make;
 mod moment;
 

@@ -1,23 +1,31 @@
 //! From a seed to a plan.
 
-use super::{Action, Ask, DiskFault, Fault, Moment, Plan, Setup, Step};
+use super::{Action, Ask, DiskFault, Fault, Moment, Plan, Setup, Step, directed};
 use crate::sim::dice::Dice;
 use crate::sim::event::Host;
 use lamina_protocol::management::Step as LeaderStep;
 
-const PAGE_BYTES: u32 = 64 << 10;
+pub(super) const PAGE_BYTES: u32 = 64 << 10;
+/// One seed in so many stands for a directed plan.
+const DIRECTED_ONE_IN: u64 = 4;
 
 impl Plan {
     /// The run of this seed.
     pub fn of(seed: u64) -> Self {
         let mut dice = Dice::new(seed, 0);
-        let setup = setup(&mut dice);
-        let mut steps = vec![Step { at_us: 1_000_000, action: Action::Attach { client: 0, clean: true } }];
-        asks(&setup, &mut dice, &mut steps);
-        faults(&setup, &mut dice, &mut steps);
+        let (setup, mut steps) =
+            if seed.is_multiple_of(DIRECTED_ONE_IN) { directed::plan(&mut dice) } else { at_random(&mut dice) };
         steps.sort_by_key(|step| step.at_us);
         Self { seed, setup, steps }
     }
+}
+
+fn at_random(dice: &mut Dice) -> (Setup, Vec<Step>) {
+    let setup = setup(dice);
+    let mut steps = vec![Step { at_us: 1_000_000, action: Action::Attach { client: 0, clean: true } }];
+    asks(&setup, dice, &mut steps);
+    faults(&setup, dice, &mut steps);
+    (setup, steps)
 }
 
 fn setup(dice: &mut Dice) -> Setup {
