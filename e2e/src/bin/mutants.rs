@@ -28,12 +28,16 @@ const SHORT: &[Mutant] = &[
     Mutant::GiveUpTakesBoots,
     Mutant::LossNotRaised,
     Mutant::FlushCoversLater,
-    Mutant::ConfirmedUnfinished,
     Mutant::FlushWithoutDisk,
     Mutant::AckOnOneCopy,
     Mutant::SyncingNotWritten,
     Mutant::RejoinKeepsBlocks,
     Mutant::UnsyncedActive,
+    Mutant::LeaseIgnored,
+    Mutant::LeaseNotWaited,
+    Mutant::UnpromisedUnmarked,
+    Mutant::CommitBeforeLease,
+    Mutant::DeposedObeyed,
 ];
 
 /// Those that no oracle can find, with the reason why they do no harm as things stand: another rule covers them. Nothing
@@ -41,18 +45,26 @@ const SHORT: &[Mutant] = &[
 const KNOWN: &[(Mutant, &str)] = &[
     (
         Mutant::EndedGoesOn,
-        "an ended session is out of the map of every member that the new generation serves, and out of the object: its \
-         requests carry an older generation, which is Stale before anything else is asked",
+        "a driver sends nothing under a map that does not admit its session, and what it sent under an older one is Stale",
+    ),
+    (
+        Mutant::HeldServed,
+        "a driver sends nothing under a map that holds its session, and only a request of that very map gets to this row",
     ),
     (
         Mutant::GiveUpRepeatsSettled,
-        "what a member clears when it stores a settled map is pending of those that this map no longer lists: the map \
-         before has cleared it already, and one that missed that was given up on reports it as still to settle",
+        "that settle was over in the map before: whoever was left pending then reports it still to settle, and the \
+         operator settles again",
     ),
     (
         Mutant::MapVolatile,
-        "a map that a restart forgets is pushed again: the promise is durable, so that nothing older is served, and a \
-         restart takes the member out of that map",
+        "the promise is durable, so that nothing older is served; the next promise makes the map durable too, and one that \
+         restarts before comes back with another boot id and is sent the map of the object",
+    ),
+    (
+        Mutant::FlagBeforeData,
+        "a member becomes Active only by a fence that flushes (H11b), and one that restarts before is filled anew as a \
+         whole, until sync bits land",
     ),
 ];
 

@@ -39,12 +39,21 @@ pub(super) struct Asked {
     found: BTreeMap<ServerId, Option<VolumeReport>>,
     /// The highest stored generation heard of.
     highest: Generation,
+    /// The object was read since that was heard: another leader may have committed what is stored.
+    compared: bool,
 }
 
 impl Asked {
     /// The highest committed generation that a server stores.
     pub(super) fn highest(&self) -> Generation {
         self.highest
+    }
+
+    fn heard(&mut self, stored: Generation) {
+        if stored > self.highest {
+            self.highest = stored;
+            self.compared = false;
+        }
     }
 
     /// The committed map of this generation, as some server stores it.
@@ -122,7 +131,7 @@ impl Volume {
         let Some(ControlReply::Volume { volume }) = reply else { return };
         if let Some(report) = &volume {
             self.floor = self.floor.max(report.promised);
-            asked.highest = asked.highest.max(report.map.as_ref().map_or(Generation(0), |map| map.generation));
+            asked.heard(report.map.as_ref().map_or(Generation(0), |map| map.generation));
         }
         asked.found.insert(server, volume);
     }
@@ -131,6 +140,13 @@ impl Volume {
     fn settle_doubt(&mut self, world: &mut World<'_>) -> bool {
         let generation = self.tolerated();
         match &self.doubt {
+            // What this leader knows of the object may be older than what is stored: it is read before anything is said.
+            Doubt::Asking(asked) if asked.highest > generation && !asked.compared => {
+                if !self.reading {
+                    self.read(world);
+                }
+                false
+            }
             Doubt::Asking(asked) if asked.highest > generation => {
                 let asked = asked.clone();
                 let text = format!(
@@ -207,7 +223,7 @@ impl Volume {
             return;
         }
         match &mut self.doubt {
-            Doubt::Diverged(asked) | Doubt::Asking(asked) => asked.highest = asked.highest.max(stored),
+            Doubt::Diverged(asked) | Doubt::Asking(asked) => asked.heard(stored),
             Doubt::Unasked | Doubt::Clear => {
                 // A write under way whose outcome is not known may be what is stored.
                 let ours = self.write.as_ref().is_some_and(|w| w.next.generation >= stored);
@@ -224,6 +240,9 @@ impl Volume {
         let heard = std::mem::take(&mut self.heard);
         if heard > self.tolerated() {
             self.doubt = Doubt::Asking(Asked { highest: heard, ..Asked::default() });
+        }
+        if let Doubt::Asking(asked) = &mut self.doubt {
+            asked.compared = true;
         }
     }
 

@@ -265,6 +265,25 @@ fn r6_an_object_restored_from_an_old_copy_stops_every_change_until_a_person_adop
 }
 
 #[test]
+fn r6_a_leader_whose_object_is_old_reads_it_before_it_says_that_the_object_is() {
+    let mut fake = Fake::with_volume(3, 2, 1);
+    let old = fake.object.clone();
+    fake.attach(1, "n1");
+    fake.run(2_000);
+    let newest = fake.object.clone();
+    fake.object = old;
+    fake.lease = 2;
+    fake.new_leader();
+    fake.object = newest;
+    fake.run(10_000);
+    let diverged = fake.condition(ConditionKind::Diverged);
+    assert!(!diverged.holds, "another leader committed what is stored: {diverged:?}");
+    fake.detach(1);
+    fake.run(5_000);
+    assert!(fake.map().sessions.is_empty(), "it goes on from the object as it is");
+}
+
+#[test]
 fn r6_after_a_restore_nothing_is_changed_before_every_known_server_has_answered() {
     let mut fake = Fake::with_volume(3, 2, 1);
     fake.run(2_000);
