@@ -103,7 +103,7 @@ async fn copies_spread_over_the_devices_of_a_server_and_a_restart_serves_from_bo
     let mut halves = Halves::written(dir.path()).await;
     assert_ne!(halves.lie[&COPIES[0]], halves.lie[&COPIES[1]], "empty copies spread, too");
     let (id, before) = (halves.leader.server, boots(&mut halves.leader, &halves.lie).await);
-    halves.server.signal(Signal::KILL);
+    halves.server.end();
     halves.follow(start(dir.path()).await).await;
     assert_eq!((halves.leader.server, halves.leader.inventory().await), (id, halves.lie.clone()));
     let after = boots(&mut halves.leader, &halves.lie).await;
@@ -117,7 +117,7 @@ async fn copies_spread_over_the_devices_of_a_server_and_a_restart_serves_from_bo
 async fn a_device_that_is_missing_at_start_costs_only_its_copies_and_is_used_once_it_is_back() {
     let dir = tempfile::tempdir().unwrap();
     let mut halves = Halves::written(dir.path()).await;
-    halves.server.signal(Signal::KILL);
+    halves.server.end();
     let [_, file] = files(dir.path());
     let away = dir.path().join("away");
     std::fs::rename(&file, &away).unwrap();
@@ -177,7 +177,7 @@ async fn a_device_that_fails_is_shown_its_copies_are_closed_and_it_is_opened_ane
 async fn a_file_that_was_cut_short_is_refused_and_never_filled_up_with_zeroes() {
     let dir = tempfile::tempdir().unwrap();
     let mut halves = Halves::written(dir.path()).await;
-    halves.server.signal(Signal::KILL);
+    halves.server.end();
     let [_, file] = files(dir.path());
     let whole = std::fs::read(&file).unwrap();
     let cut = std::fs::OpenOptions::new().write(true).open(&file).unwrap();
@@ -187,7 +187,7 @@ async fn a_file_that_was_cut_short_is_refused_and_never_filled_up_with_zeroes() 
     halves.server.until_metric("b.img\",state=\"refused\"").await;
     assert_eq!(halves.leader.alive().await.devices.len(), 1, "the other is used");
     assert_eq!(cut.metadata().unwrap().len(), 64 << 20, "not a byte was added");
-    halves.server.signal(Signal::KILL);
+    halves.server.end();
     std::fs::write(&file, whole).unwrap();
     halves.follow(start(dir.path()).await).await;
     halves.serve(2).await;

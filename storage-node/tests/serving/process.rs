@@ -42,6 +42,13 @@ impl Process {
         process
     }
 
+    /// Another process on the device and the addresses of one that ended.
+    pub(crate) fn again(&self) -> Self {
+        let mut command = Command::new(PROGRAM);
+        command.arg("serve").arg("--device").arg(&self.device);
+        Self::spawn_at(command, self.device.clone(), [self.block, self.control])
+    }
+
     /// Starts a server that takes its devices from the object named after this node.
     pub(crate) fn of_node(node: &str, kubeconfig: &Path) -> Self {
         let mut command = Command::new(PROGRAM);
@@ -49,10 +56,14 @@ impl Process {
         Self::spawn(command, PathBuf::new())
     }
 
-    fn spawn(mut command: Command, device: PathBuf) -> Self {
+    fn spawn(command: Command, device: PathBuf) -> Self {
+        Self::spawn_at(command, device, [SocketAddr::from(([127, 0, 0, 1], 0)); 2])
+    }
+
+    fn spawn_at(mut command: Command, device: PathBuf, [block, control]: [SocketAddr; 2]) -> Self {
         let mut child = command
             .args(["--cluster", "00000000000000000000000000000001", "--log-format", "json"])
-            .args(["--listen", "127.0.0.1:0", "--control", "127.0.0.1:0", "--metrics", "127.0.0.1:0"])
+            .args(["--listen", &block.to_string(), "--control", &control.to_string(), "--metrics", "127.0.0.1:0"])
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
@@ -72,6 +83,11 @@ impl Process {
 
     /// SIGKILL.
     pub(crate) fn kill(mut self) {
+        self.end();
+    }
+
+    /// SIGKILL, and until its devices and ports are free.
+    pub(crate) fn end(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
