@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 use tonic::{Code, Status};
 use world::{VOLUME, World, handle};
 
+#[path = "tests/twice.rs"]
+mod twice;
 #[path = "tests/world.rs"]
 mod world;
 
