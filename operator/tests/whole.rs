@@ -1,6 +1,8 @@
 //! Whole runs: the operator's runtime over real stores, with real storage servers' state machines on loopback.
 #![allow(clippy::unwrap_used)]
 
+#[path = "whole/csi.rs"]
+mod csi;
 #[path = "whole/directory.rs"]
 mod directory;
 #[path = "whole/kubernetes.rs"]

@@ -1,0 +1,187 @@
+//! The CSI controller service on a real kube-apiserver: each call twice in a row, twice at once in one replica and at once
+//! in two, and what it says of a volume in use.
+
+use k8s_openapi::api::core::v1::{Node, PersistentVolume};
+use kube::api::{Api, PostParams};
+use lamina_csi_api::context::PublishContext;
+use lamina_csi_api::v1;
+use lamina_csi_api::v1::controller_server::Controller;
+use lamina_csi_api::v1::volume_capability::{AccessMode, AccessType, BlockVolume, access_mode::Mode};
+use lamina_operator::csi::ControllerService;
+use serde_json::json;
+use std::collections::HashMap;
+use tonic::{Code, Request, Status};
+
+use super::kubernetes::Cluster;
+
+#[derive(Clone, Copy, Debug)]
+enum Call {
+    Create { size: i64, policy: &'static str, mode: Mode },
+    Validate,
+    Publish { node: &'static str, readonly: bool },
+    Expand { size: i64 },
+    Unpublish,
+    Delete,
+}
+
+const CREATE: Call = Call::Create { size: 16 << 20, policy: "two", mode: Mode::SingleNodeWriter };
+const PUBLISH: Call = Call::Publish { node: "n", readonly: false };
+
+/// In this order each finds what it needs.
+const CALLS: [Call; 6] =
+    [CREATE, Call::Validate, PUBLISH, Call::Expand { size: 32 << 20 }, Call::Unpublish, Call::Delete];
+
+fn capability(mode: Mode) -> v1::VolumeCapability {
+    v1::VolumeCapability {
+        access_mode: Some(AccessMode { mode: mode as i32 }),
+        access_type: Some(AccessType::Block(BlockVolume {})),
+    }
+}
+
+fn range(required_bytes: i64) -> Option<v1::CapacityRange> {
+    Some(v1::CapacityRange { required_bytes, limit_bytes: required_bytes })
+}
+
+async fn create(service: &ControllerService, call: Call) -> Result<v1::Volume, Status> {
+    let Call::Create { size, policy, mode } = call else { panic!("{call:?}") };
+    let request = v1::CreateVolumeRequest {
+        name: "pvc-1".into(),
+        capacity_range: range(size),
+        volume_capabilities: vec![capability(mode)],
+        parameters: HashMap::from([("policy".to_owned(), policy.to_owned())]),
+        ..Default::default()
+    };
+    Ok(service.create_volume(Request::new(request)).await?.into_inner().volume.unwrap())
+}
+
+/// Makes the call; what of its answer must be the same each time.
+async fn make(service: &ControllerService, call: Call, volume_id: &str) -> Result<String, Status> {
+    let volume_id = volume_id.to_owned();
+    match call {
+        Call::Create { .. } => create(service, call).await.map(|volume| volume.volume_id),
+        Call::Validate => {
+            let volume_capabilities = vec![capability(Mode::SingleNodeWriter)];
+            let request =
+                v1::ValidateVolumeCapabilitiesRequest { volume_id, volume_capabilities, ..Default::default() };
+            let answer = service.validate_volume_capabilities(Request::new(request)).await?.into_inner();
+            assert!(answer.confirmed.is_some(), "{}", answer.message);
+            Ok(format!("{answer:?}"))
+        }
+        Call::Publish { node, readonly } => {
+            let request = v1::ControllerPublishVolumeRequest {
+                volume_id,
+                node_id: node.into(),
+                volume_capability: Some(capability(Mode::SingleNodeWriter)),
+                readonly,
+                ..Default::default()
+            };
+            let answer = service.controller_publish_volume(Request::new(request)).await?.into_inner();
+            // The generation is that of some map which admits the session; the session is always the same.
+            Ok(PublishContext::parse(&answer.publish_context).unwrap().session.to_string())
+        }
+        Call::Expand { size } => {
+            let request = v1::ControllerExpandVolumeRequest {
+                volume_id,
+                capacity_range: Some(v1::CapacityRange { required_bytes: size, limit_bytes: 0 }),
+                volume_capability: Some(capability(Mode::SingleNodeWriter)),
+                ..Default::default()
+            };
+            Ok(format!("{:?}", service.controller_expand_volume(Request::new(request)).await?.into_inner()))
+        }
+        Call::Unpublish => {
+            let request = v1::ControllerUnpublishVolumeRequest { volume_id, node_id: "n".into(), ..Default::default() };
+            Ok(format!("{:?}", service.controller_unpublish_volume(Request::new(request)).await?.into_inner()))
+        }
+        Call::Delete => {
+            let request = v1::DeleteVolumeRequest { volume_id, ..Default::default() };
+            Ok(format!("{:?}", service.delete_volume(Request::new(request)).await?.into_inner()))
+        }
+    }
+}
+
+async fn make_node(cluster: &Cluster) {
+    let node: Node = serde_json::from_value(json!({"metadata": {"name": "n"}})).unwrap();
+    Api::<Node>::all(cluster.client.clone()).create(&PostParams::default(), &node).await.unwrap();
+}
+
+/// At once in two replicas, again, and at once in one.
+async fn often(services: &[ControllerService; 2], call: Call, id: &str) {
+    let [a, b] = services;
+    let (one, two) = tokio::join!(make(a, call, id), make(b, call, id));
+    let (one, two) = (one.unwrap(), two.unwrap());
+    assert_eq!(one, two, "{call:?} at once in two replicas");
+    assert_eq!(make(b, call, id).await.unwrap(), one, "{call:?} again");
+    let (again, busy) = tokio::join!(make(a, call, id), make(a, call, id));
+    for answer in [&again, &busy] {
+        match answer {
+            Ok(answer) => assert_eq!(*answer, one, "{call:?} at once in one replica"),
+            Err(status) => assert_eq!(status.code(), Code::Aborted, "{call:?}: {status}"),
+        }
+    }
+    assert!(again.is_ok() || busy.is_ok(), "{call:?}: one of two is done");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_controller_call_is_repeated_and_made_twice_at_once_without_effect() {
+    let test = "every_controller_call_is_repeated_and_made_twice_at_once_without_effect";
+    let Some(cluster) = Cluster::start(test, 2).await else { return };
+    make_node(&cluster).await;
+    let leader = cluster.replica("a", None);
+    let service = || ControllerService::new(cluster.client.clone(), lamina_operator::mint);
+    let services = [service(), service()];
+    let mut id = String::new();
+    for call in CALLS {
+        if id.is_empty() {
+            // Nothing is there before the first call: two at once make one volume.
+            let (one, two) = tokio::join!(create(&services[0], CREATE), create(&services[1], CREATE));
+            id = one.unwrap().volume_id;
+            assert_eq!(two.unwrap().volume_id, id);
+        }
+        often(&services, call, &id).await;
+        let volumes = cluster.volumes().list(&Default::default()).await.unwrap().items;
+        let attached = |sessions: usize| volumes.len() == 1 && volumes[0].spec.attachments.len() == sessions;
+        match call {
+            Call::Create { .. } | Call::Validate | Call::Unpublish => assert!(attached(0), "{call:?}"),
+            Call::Publish { .. } | Call::Expand { .. } => assert!(attached(1), "{call:?}"),
+            Call::Delete => assert!(volumes.is_empty()),
+        }
+    }
+    leader.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_same_call_with_other_parameters_is_refused_and_a_volume_in_use_names_its_pv_and_node() {
+    let test = "the_same_call_with_other_parameters_is_refused_and_a_volume_in_use_names_its_pv_and_node";
+    let Some(cluster) = Cluster::start(test, 2).await else { return };
+    make_node(&cluster).await;
+    let leader = cluster.replica("a", None);
+    let service = ControllerService::new(cluster.client.clone(), lamina_operator::mint);
+    let volume = create(&service, CREATE).await.unwrap();
+    make(&service, PUBLISH, &volume.volume_id).await.unwrap();
+    let other = |size, policy, mode| Call::Create { size, policy, mode };
+    for (call, code) in [
+        (other(64 << 20, "two", Mode::SingleNodeWriter), Code::AlreadyExists),
+        (other(16 << 20, "three", Mode::SingleNodeWriter), Code::AlreadyExists),
+        (other(16 << 20, "two", Mode::MultiNodeMultiWriter), Code::AlreadyExists),
+        (Call::Publish { node: "n", readonly: true }, Code::AlreadyExists),
+        (Call::Publish { node: "gone", readonly: false }, Code::NotFound),
+        (Call::Delete, Code::FailedPrecondition),
+    ] {
+        let status = make(&service, call, &volume.volume_id).await.unwrap_err();
+        assert_eq!(status.code(), code, "{call:?}: {status}");
+    }
+    let name = &cluster.volumes().list(&Default::default()).await.unwrap().items[0].metadata.name.clone().unwrap();
+    let refusal = make(&service, Call::Delete, &volume.volume_id).await.unwrap_err();
+    let in_use = format!("volume {name} is in use on node n: delete the pods that use it first");
+    assert_eq!(refusal.message(), format!("{in_use} (no PersistentVolume names it)"));
+    let pv: PersistentVolume = serde_json::from_value(json!({"metadata": {"name": "pv-1"}, "spec": {
+        "capacity": {"storage": "16Mi"}, "accessModes": ["ReadWriteOnce"],
+        "claimRef": {"namespace": "default", "name": "data"},
+        "csi": {"driver": "csi.lamina.dev", "volumeHandle": volume.volume_id},
+    }}))
+    .unwrap();
+    Api::<PersistentVolume>::all(cluster.client.clone()).create(&PostParams::default(), &pv).await.unwrap();
+    let refusal = make(&service, Call::Delete, &volume.volume_id).await.unwrap_err();
+    assert_eq!(refusal.message(), format!("PersistentVolume pv-1, claim default/data: {in_use}"));
+    leader.stop().await;
+}
