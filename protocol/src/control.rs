@@ -234,9 +234,14 @@ pub struct CopyReport {
     pub pending_before_start: u64,
     /// The settle this copy worked on: (authoritative copy, its boot id, generation that began it).
     pub settled_for: Option<SettleName>,
-    /// Suspect pages not yet settled and durable in that settle.
+    /// Suspect pages not yet settled and durable in that settle. On its authoritative copy: pages with stale blocks that
+    /// another member may still have, then [`SETTLE_ANEW`].
     pub to_settle: u64,
 }
+
+/// What the authoritative copy of a settle has still to settle once it took a block that it had stale from another member:
+/// that settle can never end, and is to begin anew (PROTOCOL.md §5.8).
+pub const SETTLE_ANEW: u64 = u64::MAX;
 
 /// The name of a settle (M3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

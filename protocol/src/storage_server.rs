@@ -30,6 +30,7 @@ mod contract;
 mod fill;
 mod handles;
 pub mod medium;
+mod mend;
 mod page_ops;
 mod pending;
 mod pull;

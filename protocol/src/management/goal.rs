@@ -11,7 +11,7 @@ use super::placement::{self, Candidate, Need, Refusal};
 use super::plan::{Answer, Goal, Hold, differs, next_map};
 use super::reconfigure::serving;
 use super::volume::{Volume, World};
-use crate::control::{CopyReport, Promised, SettleName};
+use crate::control::{CopyReport, Promised, SETTLE_ANEW, SettleName};
 use crate::ids::{BootId, CopyId, Generation, LayerId, ServerId};
 use crate::limits::{READ_LEASE_WAIT_MS, SILENT_MEMBER_MS};
 use crate::map::{Group, Member, MemberState, Settle, VolumeMap};
@@ -383,11 +383,11 @@ impl Volume {
         world.now.since(since) >= after
     }
 
-    /// Whether heartbeats say that a member is filled or a settle is done.
+    /// Whether heartbeats say that a member is filled, or a settle is done or must begin anew.
     fn may_finish(&self, group: &Group, world: &World<'_>) -> bool {
-        let settling = matches!(group.settle, Settle::Running { .. });
-        if settling {
-            let settled = |m: &Member| self.hinted(m, world).is_some_and(|(_, to_settle)| to_settle == 0);
+        if let Settle::Running { authoritative, .. } = group.settle {
+            let ends = |m: &Member, left| left == 0 || (left == SETTLE_ANEW && m.copy == authoritative);
+            let settled = |m: &Member| self.hinted(m, world).is_some_and(|(_, to_settle)| ends(m, to_settle));
             let early = on(Mutant::SettleEndsEarly) && group.writers().any(settled);
             return early || group.writers().all(settled);
         }

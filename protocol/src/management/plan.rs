@@ -8,7 +8,7 @@
 
 use super::choice::{Choice, Seen, choose};
 use super::object::{Forced, NewCopy, SessionWish};
-use crate::control::{CopyReport, Promised, SettleName};
+use crate::control::{CopyReport, Promised, SETTLE_ANEW, SettleName};
 use crate::ids::{CopyId, Generation, ServerId, SessionId};
 use crate::limits::MAX_ORDINALS;
 use crate::map::{Group, Member, MemberState, ServerEntry, Session, Settle, Standing, VolumeMap};
@@ -382,21 +382,28 @@ impl<'a> Plan<'a> {
         };
         let source = next.member(authoritative);
         let lives = source.is_some_and(|m| m.state == MemberState::Active && m.boot == boot);
-        if raised || (!lives && !on(Mutant::SourceKept)) || self.restart_settles {
+        let name = SettleName { authoritative, boot, begun };
+        if raised || (!lives && !on(Mutant::SourceKept)) || self.restart_settles || self.is_mended(source, name) {
             return anew;
         }
-        let name = SettleName { authoritative, boot, begun };
         let settled = |m: &Member| self.has_settled(m, old, name);
         let early = on(Mutant::SettleEndsEarly) && next.writers().any(settled);
         if self.goal.flushed && (early || next.writers().all(settled)) { Settle::Over } else { old.settle }
+    }
+
+    /// The authoritative copy took what it had stale from another member: what it served before is not what it has now.
+    fn is_mended(&self, source: Option<&Member>, name: SettleName) -> bool {
+        let report = source.and_then(|m| report_of(self.answers, m.server, m.copy));
+        report.is_some_and(|r| r.settled_for == Some(name) && r.to_settle == SETTLE_ANEW)
     }
 
     /// M1, M3: its report is of this very settle, it served in the map before under this boot id, and nothing is left.
     fn has_settled(&self, m: &Member, old: &Group, name: SettleName) -> bool {
         let served = old.member(m.copy).is_some_and(|o| o.state != MemberState::Failed && o.boot == m.boot);
         let Some(report) = report_of(self.answers, m.server, m.copy) else { return false };
-        // The authoritative copy has nothing to take from anybody: the flush before this answer is its report.
-        let own = m.copy == name.authoritative || on(Mutant::WrongAuthority);
+        // The authoritative copy takes only what it has stale from others: else the flush before this answer is its report.
+        let mends = report.settled_for == Some(name) && report.to_settle > 0;
+        let own = m.copy == name.authoritative && !mends || on(Mutant::WrongAuthority);
         served
             && report.boot == m.boot
             && (own || ((report.settled_for == Some(name) || on(Mutant::SettleNotNamed)) && report.to_settle == 0))

@@ -10,12 +10,12 @@ use super::handles::ReplyTo;
 use super::medium::{MediumOp, PageRecord};
 use super::page_ops::{Exec, ExecId, Work};
 use super::requests::Located;
-use crate::ids::{BootId, Generation, Incarnation, LayerId, Seq, SessionId, VolumeId};
+use crate::ids::{BootId, Generation, Incarnation, LayerId, Seq, ServerId, SessionId, VolumeId};
 use crate::layer::{BLOCK_BYTES, BlockState, BlockStates};
 use crate::mutants::{Mutant, on};
 use crate::wire::{Place, ReplyBody};
 use bytes::{Bytes, BytesMut};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 /// A page being read for a peer.
@@ -29,6 +29,8 @@ pub(super) struct ServePage {
     before_start: bool,
     missed: u16,
     pub(super) next: u64,
+    /// For a settle: what is stale in it is to be mended.
+    pub(super) settles: bool,
 }
 
 /// What a page from a peer is for.
@@ -40,6 +42,8 @@ pub(super) enum Mode {
     Settle,
     /// Write where stale.
     Repair,
+    /// Write where stale on the authoritative copy of a settle.
+    Mend,
 }
 
 /// A page from a peer being applied.
@@ -48,6 +52,8 @@ pub(super) struct ApplyPage {
     pub(super) mode: Mode,
     /// The generation under which it was pulled (H6).
     pub(super) generation: Generation,
+    /// Who sent it.
+    pub(super) source: ServerId,
     pub(super) blocks: BlockStates,
     pub(super) payload: Bytes,
     pub(super) writers: Vec<((SessionId, Incarnation), Seq)>,
@@ -62,6 +68,12 @@ impl ServePage {
     pub(super) fn keep(&mut self, block: u32, data: Bytes, bad: &[u32]) {
         self.bad.extend(bad.iter().map(|b| b + block));
         self.parts.insert(block, data);
+    }
+
+    /// Blocks that have no good content here.
+    pub(super) fn stale_blocks(&self) -> BTreeSet<u32> {
+        let stale = self.blocks.iter().filter(|(_, state)| *state == BlockState::Stale).map(|(block, _)| block);
+        stale.chain(self.bad.iter().copied()).collect()
     }
 
     /// The answer: a block that failed on the way is stale in it (R12), and its data is left out.
@@ -103,10 +115,12 @@ impl ApplyPage {
         (payload.len() == present * BLOCK_BYTES as usize).then(|| Self {
             mode,
             generation,
+            source: ServerId::NONE,
             blocks,
             payload,
             writers,
-            before_start: pending_before_start,
+            // Every member is to have a mended page on its list, and nothing but the end of a settle clears it there.
+            before_start: pending_before_start || mode == Mode::Mend,
             dropped: false,
             making: BTreeMap::new(),
         })
@@ -125,11 +139,11 @@ impl ApplyPage {
         use BlockState::{Absent, Hole, Present, Stale};
         match (self.mode, own, source) {
             // A block without good content at the source is taken from elsewhere, or stays as it is.
-            (Mode::Settle, _, Stale) | (Mode::Repair, _, Stale) | (Mode::Fill, Stale, Stale) => None,
+            (Mode::Settle | Mode::Repair | Mode::Mend, _, Stale) | (Mode::Fill, Stale, Stale) => None,
             (Mode::Settle, own, source) if own == source && own != Present => None,
             (Mode::Settle, _, source) => Some(source),
-            (Mode::Repair, Stale, source) => Some(source),
-            (Mode::Repair, ..) => None,
+            (Mode::Repair | Mode::Mend, Stale, source) => Some(source),
+            (Mode::Repair | Mode::Mend, ..) => None,
             (Mode::Fill, _, Present | Hole | Absent) if on(Mutant::FillOverPresent) => Some(source),
             (Mode::Fill, Present | Hole, _) | (Mode::Fill, Absent, Absent) => None,
             (Mode::Fill, Absent | Stale, source) => Some(source),
@@ -163,7 +177,14 @@ impl ApplyPage {
 impl StorageServer {
     /// A peer pulls a page: served only as `Active` in that layer, at its own generation (H6); the peer's place in the
     /// map was compared.
-    pub(super) fn serve_page(&mut self, to: ReplyTo, volume: VolumeId, layer: LayerId, group: u32, page: u64) {
+    pub(super) fn serve_page(
+        &mut self,
+        to: ReplyTo,
+        volume: VolumeId,
+        (layer, group): (LayerId, u32),
+        page: u64,
+        settles: bool,
+    ) {
         let place = Place { layer, group, page, offset: 0, length: BLOCK_BYTES };
         let (boot, key, page_bytes) = match self.locate(volume, &place, Needs::Active) {
             Err(Located::Nonsense) => return self.violation(to.conn, super::Violation::Place),
@@ -180,6 +201,7 @@ impl StorageServer {
             before_start: false,
             missed: 0,
             next: u64::MAX,
+            settles,
         };
         self.begin(Exec::new(volume, boot, key, 0..blocks, Work::Serve(serve)));
     }
@@ -218,7 +240,12 @@ impl StorageServer {
         }
         let changes = apply.changes(&own);
         let payload = apply.payload.clone();
+        let mended_by = (apply.mode == Mode::Mend).then_some(apply.source);
         apply.making = changes.iter().map(|(run, state, _)| (run.start, (run.clone(), *state))).collect();
+        if let Some(source) = mended_by {
+            let taken = changes.iter().flat_map(|(run, _, _)| run.clone()).collect();
+            self.mending(volume, page, source, &own, &taken);
+        }
         for (run, state, at) in changes {
             let first = run.start;
             let what = if state == BlockState::Present {

@@ -480,7 +480,10 @@ impl StorageServer {
                 (ReplyBody::Done, Bytes::new())
             }
             Work::Survey(survey) => (survey.reply(), Bytes::new()),
-            Work::Serve(serve) => serve.reply(),
+            Work::Serve(serve) => {
+                self.note_served(exec.volume, exec.page, &serve);
+                serve.reply()
+            }
             Work::Apply(apply) => {
                 self.page_applied(exec.page, &apply);
                 (ReplyBody::Done, Bytes::new())

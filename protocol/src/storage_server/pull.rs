@@ -11,6 +11,7 @@
 use super::contract::{Output, PeerId, Rot};
 use super::fill::{ApplyPage, Mode};
 use super::medium::{MediumAnswer, MediumOp, Record};
+use super::mend::{is_bad_still, wanted_mend};
 use super::page_ops::{Exec, Work};
 use super::report::settle_in;
 use super::{Due, Owner, StorageServer};
@@ -78,6 +79,8 @@ pub(super) enum Kind {
     Settle { name: SettleName, syncing: bool },
     /// Bad blocks of an `Active` copy.
     Repair,
+    /// Those of the authoritative copy of a settle.
+    Mend,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,6 +116,7 @@ impl Pull {
             Kind::Fill => Mode::Fill,
             Kind::Settle { .. } => Mode::Settle,
             Kind::Repair => Mode::Repair,
+            Kind::Mend => Mode::Mend,
         }
     }
 }
@@ -145,8 +149,12 @@ impl StorageServer {
         let layer_id = *copy.layers.keys().next()?;
         let layer = &copy.layers[&layer_id];
         let pages = self.pages_of(volume, own.copy, layer_id);
+        let mend = name.filter(|n| n.authoritative == own.copy && own.state == MemberState::Active);
+        let mend = mend.and_then(|name| wanted_mend(group, own, copy, layer_id, name));
+        let next = mend.as_ref().map(|(source, _)| *source);
         let (kind, todo, layer_id) = match (own.state, settles) {
             (MemberState::Failed, _) => return None,
+            (MemberState::Active, None) if next.is_some() => (Kind::Mend, mend.map(|(_, pages)| pages)?, layer_id),
             (state, Some(name)) => {
                 (Kind::Settle { name, syncing: state == MemberState::Syncing }, VecDeque::new(), layer_id)
             }
@@ -162,7 +170,7 @@ impl StorageServer {
         if kind == Kind::Repair && todo.is_empty() {
             return None;
         }
-        let source = source_of(group, own, name)?;
+        let source = next.or_else(|| source_of(group, own, name))?;
         Some(Pull {
             volume,
             kind,
@@ -301,7 +309,9 @@ impl StorageServer {
             pull.source_next = next;
         }
         let (volume, layer, generation, mode) = (pull.volume, pull.layer, pull.generation, pull.mode());
-        let Some(apply) = ApplyPage::new(mode, generation, body, payload) else { return self.pause(copy) };
+        let source = pull.source;
+        let Some(mut apply) = ApplyPage::new(mode, generation, body, payload) else { return self.pause(copy) };
+        apply.source = source;
         pull.applying.insert(page);
         let known = self.known(volume);
         let Some(held) = known.copies.get_mut(&copy) else { return };
@@ -332,7 +342,7 @@ impl StorageServer {
             let (layer, group) = (pull.layer, pull.group);
             let body = match pull.kind {
                 Kind::Settle { .. } => RequestBody::Settle { layer, group, page },
-                Kind::Fill | Kind::Repair => RequestBody::Fill { layer, group, page },
+                Kind::Fill | Kind::Repair | Kind::Mend => RequestBody::Fill { layer, group, page },
             };
             self.ask(copy, body, Some(page));
         }
@@ -453,7 +463,7 @@ impl StorageServer {
                 let named = pages.iter().map(|page| Record::ClearUnsynced(key(page)));
                 named.chain([Record::Cursor { copy, layer, cursor }]).collect()
             }
-            Kind::Settle { .. } | Kind::Repair => Vec::new(),
+            Kind::Settle { .. } | Kind::Repair | Kind::Mend => Vec::new(),
         };
         let Some(boot) = self.known(volume).copies.get(&copy).and_then(|c| c.boot) else {
             return self.finished_one(volume);
@@ -490,7 +500,11 @@ impl StorageServer {
         kind: Kind,
     ) {
         let Some(held) = self.known(volume).copies.get_mut(&copy) else { return };
-        let was_bad = |page: &&u64| held.repairs.remove(&(layer, **page));
+        let mends = kind == Kind::Mend;
+        let was_bad = |page: &&u64| {
+            let bad_still = mends && is_bad_still(held, (layer, **page));
+            !bad_still && held.repairs.remove(&(layer, **page))
+        };
         let repaired: Vec<u64> = pages.iter().filter(was_bad).copied().collect();
         if let (Kind::Fill, Some(own)) = (kind, held.layers.get_mut(&layer)) {
             own.cursor = cursor;

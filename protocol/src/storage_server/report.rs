@@ -3,6 +3,7 @@
 use super::Owner;
 use super::StorageServer;
 use super::medium::{MediumOp, Record};
+use super::mend::left_to_mend;
 use super::volume::{Copy, Volume};
 use crate::control::{
     Alive, ControlReply, CopyInventory, CopyProgress, CopyReport, DeviceReport, Promised, SettleName, VolumeReport,
@@ -45,7 +46,7 @@ impl StorageServer {
         for (volume, known) in &self.volumes {
             for copy in known.copies.values() {
                 let (unsynced, pages) = self.unsynced_of(*volume, copy);
-                let to_settle = settle_of(known, copy).map_or(0, |name| self.to_settle(copy, &name));
+                let to_settle = settle_of(known, copy).map_or(0, |name| self.to_settle(known, copy, &name));
                 if copy.boot.is_none() || unsynced > 0 || to_settle > 0 {
                     progress.push(CopyProgress {
                         volume: *volume,
@@ -116,17 +117,20 @@ impl StorageServer {
             pending: pending.into_iter().map(|((session, incarnation), n)| (session, (incarnation, n))).collect(),
             pending_before_start: before_start,
             settled_for: name,
-            to_settle: name.map_or(0, |name| self.to_settle(copy, &name)),
+            to_settle: name.map_or(0, |name| self.to_settle(known, copy, &name)),
         }
     }
 
     /// Suspect pages that this copy has still to settle; `u64::MAX` before it knows which they are. The authoritative
-    /// copy itself has none: its own report is the flush before the fence's answer (H12).
-    fn to_settle(&self, copy: &Copy, name: &SettleName) -> u64 {
+    /// copy itself has only what it must take from others: its own report is the flush before the fence's answer (H12).
+    fn to_settle(&self, known: &Volume, copy: &Copy, name: &SettleName) -> u64 {
         let is_source = name.authoritative == copy.record.copy && Some(name.boot) == copy.boot;
         let settled = copy.settled == Some(*name) || on(Mutant::SettleNotNamed) && copy.settled.is_some();
-        if is_source || settled || on(Mutant::WrongAuthority) {
+        if settled || on(Mutant::WrongAuthority) {
             return 0;
+        }
+        if is_source {
+            return left_to_mend(known, copy, name);
         }
         self.pulls.get(&copy.record.copy).map_or(u64::MAX, |pull| pull.settle_left(name))
     }

@@ -153,9 +153,8 @@ impl StorageServer {
 
     fn peer_request(&mut self, to: ReplyTo, volume: VolumeId, body: RequestBody) {
         match body {
-            RequestBody::Fill { layer, group, page } | RequestBody::Settle { layer, group, page } => {
-                self.serve_page(to, volume, layer, group, page);
-            }
+            RequestBody::Fill { layer, group, page } => self.serve_page(to, volume, (layer, group), page, false),
+            RequestBody::Settle { layer, group, page } => self.serve_page(to, volume, (layer, group), page, true),
             RequestBody::Suspects { layer, group } => self.serve_suspects(to, volume, layer, group),
             _ => self.violation(to.conn, Violation::NotAllowed),
         }

@@ -13,6 +13,7 @@ use medium::*;
 
 mod fills;
 mod generations;
+mod mends;
 mod net;
 mod openings;
 mod opens;

@@ -6,6 +6,7 @@
 use super::Line;
 use super::contract::ConnId;
 use super::medium::{CopyRecord, LayerRecord, Record};
+use super::mend::Mend;
 use super::pending::Pending;
 use super::reconfigure::Change;
 use crate::codec::{DecodeError, Wire, decode, encode, wire_struct};
@@ -80,6 +81,8 @@ pub(super) struct Copy {
     pub(super) filled_bytes: u64,
     /// Pages with a bad block to repair from another `Active` member.
     pub(super) repairs: BTreeSet<(LayerId, u64)>,
+    /// As the authoritative copy of a settle: what it served stale in it.
+    pub(super) mend: Option<Mend>,
 }
 
 /// One layer of a copy.
@@ -132,6 +135,7 @@ impl Copy {
             layer.unsynced.clear();
         }
         self.repairs.clear();
+        self.mend = None;
     }
 }
 
@@ -191,8 +195,8 @@ impl Volume {
 
     pub(super) fn add_copy(&mut self, record: CopyRecord, boot: BootId, device: DeviceId) {
         let layers = record.layers.iter().map(|l| (l.layer, CopyLayer::new(l))).collect();
-        let copy =
-            Copy { record, device, boot: Some(boot), layers, settled: None, filled_bytes: 0, repairs: BTreeSet::new() };
+        let (boot, repairs) = (Some(boot), BTreeSet::new());
+        let copy = Copy { record, device, boot, layers, settled: None, filled_bytes: 0, repairs, mend: None };
         self.copies.insert(copy.record.copy, copy);
         // What this device keeps may be older.
         self.sessions.values_mut().for_each(|known| known.durable = Incarnation(0));

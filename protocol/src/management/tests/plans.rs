@@ -4,7 +4,7 @@ use super::super::object::NewCopy;
 use super::super::plan::{Answer, Goal, Hold, differs, given_up, next_map};
 use super::super::*;
 use super::fake::Fake;
-use crate::control::{CopyReport, Promised, SettleName};
+use crate::control::{CopyReport, Promised, SETTLE_ANEW, SettleName};
 use crate::ids::*;
 use crate::map::*;
 use std::collections::BTreeMap;
@@ -121,6 +121,24 @@ fn m1_m3_a_settle_is_over_only_when_every_serving_member_settled_for_its_very_na
     assert!(next(&map, &goal(&map), &one_left).settling());
     let unflushed = next(&map, &Goal { flushed: false, ..goal(&map) }, &settled);
     assert!(unflushed.settling(), "H11b");
+}
+
+#[test]
+fn a_settle_whose_authoritative_copy_was_mended_begins_anew_and_ends_not_before_it_is() {
+    let mut map = old();
+    let name = running(&mut map);
+    let with = |left: u64| {
+        answers(&map, |r| {
+            let own = if r.copy == name.authoritative { left } else { 0 };
+            (r.settled_for, r.to_settle) = (Some(name), own);
+        })
+    };
+    let settle = |left: u64| next(&map, &goal(&map), &with(left)).placements[0].groups[0].settle;
+    assert_eq!(settle(3), map.placements[0].groups[0].settle, "pages are still to be mended");
+    let Settle::Running { authoritative, boot, begun } = settle(SETTLE_ANEW) else { panic!("it goes on") };
+    assert_eq!((authoritative, boot), (name.authoritative, name.boot));
+    assert!(begun > name.begun);
+    assert_eq!(settle(0), Settle::Over);
 }
 
 #[test]
