@@ -43,8 +43,7 @@ fn settling(net: &Net, generation: u64, begun: u64) -> VolumeMap {
 
 /// As the operator does it: fences until all have settled, begins anew when the authoritative copy calls for it, and says
 /// at last that it is over. Returns how often it began.
-fn settle_from(net: &mut Net, mut generation: u64, members: &[usize]) -> u64 {
-    let mut begun = generation;
+fn settle_from(net: &mut Net, mut generation: u64, mut begun: u64, members: &[usize]) -> u64 {
     let mut times = 1;
     for _ in 0..8 {
         net.advance(2_000);
@@ -75,7 +74,7 @@ fn settle_from(net: &mut Net, mut generation: u64, members: &[usize]) -> u64 {
 
 fn settle(net: &mut Net) -> u64 {
     net.serve(settling(net, 3, 3));
-    settle_from(net, 3, &[0, 1, 2])
+    settle_from(net, 3, 3, &[0, 1, 2])
 }
 
 #[test]
@@ -125,7 +124,7 @@ fn rot_that_is_found_when_some_have_settled_already_leaves_all_equal() {
     assert_eq!(first_byte(&net, 2, A), Some(1), "it has settled");
     rot(&mut net, 0, A);
     net.control(1, ControlRequest::Serve { map });
-    settle_from(&mut net, 3, &[0, 1, 2]);
+    settle_from(&mut net, 3, 3, &[0, 1, 2]);
     let first = first_byte(&net, 0, A);
     assert!(first.is_some());
     assert_eq!([0, 1, 2].map(|n| first_byte(&net, n, A)), [first; 3]);
@@ -145,16 +144,20 @@ fn another_block_of_a_page_that_rots_after_one_that_is_stale_on_all_is_not_overl
     for n in [0, 2] {
         net.control(n, ControlRequest::Serve { map: map.clone() });
     }
+    // Server 1 answers others, but its own pull reaches nobody under this generation.
+    net.silent_peers(|net| net.control(1, ControlRequest::Serve { map }));
+    net.advance(2_000);
+    assert_eq!(net.fence(0, 4, vec![]).copies[0].to_settle, 0, "nobody has the first block");
     net.servers[0].medium.rotten.push((key(0, A), 1));
-    net.control(1, ControlRequest::Serve { map });
-    settle_from(&mut net, 3, &[0, 1, 2]);
+    net.serve(settling(&net, 4, 3));
+    assert_eq!(settle_from(&mut net, 4, 3, &[0, 1, 2]), 2);
     let second = |n: usize| net.servers[n].medium.pages[&key(n, A)].1[4096];
     assert_eq!([0, 1, 2].map(second), [second(0); 3]);
     assert_eq!([0, 1, 2].map(|n| first_byte(&net, n, A)), [None; 3]);
 }
 
-/// Page 7 is equal on all and clean, but for a write that only server 1 has; the authoritative copy's block rots.
-fn pending_on_one() -> Net {
+/// Page 7 is equal on all and clean, but for a write that only server `writer` has; the authoritative copy's block rots.
+fn pending_on(writer: usize) -> Net {
     let mut net = Net::started(3);
     let handles: Vec<HandleId> = (0..3).map(|n| net.open(n, 1, 1)).collect();
     for (n, handle) in handles.iter().copied().enumerate() {
@@ -163,7 +166,7 @@ fn pending_on_one() -> Net {
     }
     net.advance(1_000);
     assert_eq!([0, 1, 2].map(|n| net.pending(n)), [0; 3]);
-    net.ask(1, handles[1], 1, write_at(7, 0), block(6));
+    net.ask(writer, handles[writer], 1, write_at(7, 0), block(6));
     (0..3).for_each(|n| net.restart(n));
     rot(&mut net, 0, 7);
     net
@@ -171,9 +174,21 @@ fn pending_on_one() -> Net {
 
 #[test]
 fn a_page_that_only_one_member_has_pending_becomes_equal_on_all() {
-    let mut net = pending_on_one();
+    let mut net = pending_on(1);
     assert_eq!(settle(&mut net), 2);
     assert_eq!([0, 1, 2].map(|n| first_byte(&net, n, 7)), [Some(6); 3], "the first member after the authoritative one");
+}
+
+#[test]
+fn a_mended_page_is_suspect_even_if_nothing_is_pending_where_it_came_from() {
+    let mut net = pending_on(2);
+    net.serve(settling(&net, 3, 3));
+    net.advance(2_000);
+    let report = net.fence(0, 4, vec![]).copies[0].clone();
+    assert_eq!((report.to_settle, report.pending_before_start, net.pending(0)), (SETTLE_ANEW, 1, 1));
+    net.serve(settling(&net, 4, 4));
+    settle_from(&mut net, 4, 4, &[0, 1, 2]);
+    assert_eq!([0, 1, 2].map(|n| first_byte(&net, n, 7)), [Some(5); 3]);
 }
 
 #[test]
@@ -192,13 +207,13 @@ fn a_source_that_fails_meanwhile_is_passed_over() {
     for n in [0, 2] {
         assert_eq!(net.control(n, ControlRequest::Serve { map: without.clone() }), ControlReply::Done);
     }
-    settle_from(&mut net, 4, &[0, 2]);
+    settle_from(&mut net, 4, 3, &[0, 2]);
     assert_eq!([0, 2].map(|n| first_byte(&net, n, A)), [Some(3); 2]);
 }
 
 #[test]
 fn what_was_mended_is_pending_on_disk_before_its_data_is_there() {
-    let mut net = pending_on_one();
+    let mut net = pending_on(1);
     let before = net.servers[0].medium.log.len();
     net.serve(settling(&net, 3, 3));
     net.advance(2_000);
