@@ -5,7 +5,7 @@ use super::net::ConnIndex;
 use super::plan::{Ask, Moment};
 use super::stamp;
 use super::world::{VOLUME, World};
-use lamina_protocol::control::{ControlReply, Promised};
+use lamina_protocol::control::{ControlReply, CopyReport, Promised, SETTLE_ANEW};
 use lamina_protocol::driver::Op;
 use lamina_protocol::ids::{BootId, CopyId, Generation, Incarnation, SessionId};
 use lamina_protocol::layer::BlockState;
@@ -84,6 +84,13 @@ impl World {
         let copies = promise.copies.iter().map(|report| report.copy);
         self.counters.count("promises");
         self.moment(Moment::Promised);
+        let mended = |c: &CopyReport| {
+            c.to_settle == SETTLE_ANEW
+                && c.settled_for.is_some_and(|name| name.authoritative == c.copy && name.boot == c.boot)
+        };
+        if promise.copies.iter().any(mended) {
+            self.counters.count("reached: the source of a settle took a bad block from another");
+        }
         self.check_durable(n, promise);
         if promised < before {
             self.fail("I2", format!("server {n} promised {before} and now says {promised}"));
