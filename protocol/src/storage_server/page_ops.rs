@@ -517,12 +517,10 @@ impl StorageServer {
         }
     }
 
-    /// R3: the device is gone; whatever was asked is answered `NotServing`, never success.
+    /// R3: the device is gone; whatever was asked is answered `NotServing`, never success. What other devices still answer for
+    /// it (a flush is on several) goes unheeded.
     pub(super) fn abandon(&mut self, id: ExecId) {
         let Some(exec) = self.execs.remove(&id) else { return };
-        self.ops.retain(
-            |_, (_, owner)| !matches!(owner, Owner::Exec(e, _) | Owner::Flush(e) | Owner::ExecNext(e) if *e == id),
-        );
         if let Some(to) = exec.work.reply_to() {
             self.release(to, BootId::NONE, ReplyBody::NotServing, Bytes::new());
         }

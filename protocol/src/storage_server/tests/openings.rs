@@ -45,3 +45,25 @@ fn an_open_waits_for_its_own_incarnation_to_be_durable() {
     net.run();
     assert!(net.replies.iter().any(|r| matches!(r.body, ReplyBody::Opened { incarnation: Incarnation(3), .. })));
 }
+
+#[test]
+fn what_one_device_still_answers_for_a_flush_that_another_ones_failure_ended_goes_unheeded() {
+    let mut net = Net::started(1);
+    let mut opened = second_device(&net);
+    opened.copies[0].group = 1;
+    net.servers[0].other.copies = opened.copies.iter().map(|c| (c.copy, c.clone())).collect();
+    net.input(0, Input::DeviceOpened(opened));
+    net.servers[0].other_boot = Some(BootId(2000));
+    net.serve(net.map_with_boots(2, |map| {
+        let mut second = map.placements[0].groups[0].clone();
+        (second.members[0].copy, second.members[0].boot) = (CopyId(101), BootId(2000));
+        map.placements[0].groups.push(second);
+    }));
+    let handle = net.open(0, 2, 1);
+    net.servers[0].medium.hold = true;
+    net.send(0, handle, 2, RequestBody::Flush, Bytes::new());
+    net.fail_device(0);
+    net.servers[0].medium.hold = false;
+    net.run();
+    assert_eq!(net.replies.pop().unwrap().body, ReplyBody::NotServing, "R3");
+}
