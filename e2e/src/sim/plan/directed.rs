@@ -21,7 +21,7 @@ pub(super) fn plan(dice: &mut Dice) -> (Setup, Vec<Step>) {
         9..=10 => scene.two_successors(dice),
         11 => scene.crash_after(dice, Moment::Filled),
         12 => scene.crash_after(dice, Moment::SettleOver),
-        13..=14 => scene.slow_old_writes(dice),
+        13..=14 => scene.undone(dice),
         _ => scene.successors(dice),
     }
     (scene.setup, scene.steps)
@@ -214,15 +214,38 @@ impl Scene {
         }
     }
 
-    /// H1: connections break while writes execute on a slow disk, and the same blocks are written again.
-    fn slow_old_writes(&mut self, dice: &mut Dice) {
-        self.setup.flaky = [30, 100][dice.index(2)];
+    /// §4.5: a read is asked before a write of the same block, which gets to one member only, and is asked again; then
+    /// that write is undone, for nobody is left to do it again.
+    fn undone(&mut self, dice: &mut Dice) {
         self.attach(SECOND, 0);
-        self.asks(dice, 0, (2 * SECOND, 25 * SECOND), 25_000, (7, 0));
-        let slow = Fault::SlowDisk { server: dice.index(2), extra_us: dice.within(30_000, 400_000), ms: 20_000 };
-        self.fault(BEGIN, slow);
-        for n in 0..30 {
-            self.fault(BEGIN + n * 500_000 + dice.within(0, 400_000), Fault::Break { pick: dice.next() });
+        self.asks(dice, 0, (2 * SECOND, 5 * SECOND), 20_000, (6, 2));
+        for n in 0..4 {
+            let at_us = BEGIN + n * 6 * SECOND;
+            let apart = dice.index(2);
+            let (from, to) = (vec![Host::Driver(0)], vec![Host::Server(apart)]);
+            let again = dice.chance(1, 2);
+            let cut_ms = if again { dice.within(30, 400) } else { dice.within(1_000, 3_000) };
+            self.fault(at_us, Fault::Cut { from, to, both: true, ms: cut_ms });
+            self.asks(dice, 0, (at_us - 3_000, at_us + 15_000), 700, (4, 0));
+            let slow = Fault::SlowDisk { server: apart, extra_us: dice.within(20_000, 200_000), ms: 2_500 };
+            self.fault(at_us, slow);
+            let off = Fault::PowerOffClient { client: 0, down_ms: dice.within(1, 300) };
+            let stop = Fault::StopServers { servers: vec![1 - apart], power: true, down_ms: dice.within(100, 900) };
+            let end = if again || dice.chance(1, 2) {
+                Fault::Both { one: Box::new(off), other: Box::new(stop) }
+            } else {
+                off
+            };
+            if again {
+                self.fault(at_us + 20_000, Fault::KillDriver { client: 0, down_ms: cut_ms + dice.within(1, 50) });
+                let later_us = [dice.within(500, 8_000), dice.within(500, 80_000)][dice.index(2)];
+                let moment = Moment::TookOver;
+                self.fault(at_us, Fault::When { moment, times: 1, later_us, fault: Box::new(end) });
+            } else {
+                self.fault(at_us + 18_000, Fault::Break { pick: 0 });
+                self.fault(at_us + dice.within(60_000, 900_000), end);
+            }
+            self.asks(dice, 0, (at_us + 3 * SECOND, at_us + 5 * SECOND), 50_000, (0, 0));
         }
     }
 
