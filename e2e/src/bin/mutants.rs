@@ -25,7 +25,6 @@ const SHORT: &[Mutant] = &[
     Mutant::FenceWithoutDrain,
     Mutant::PromiseVolatile,
     Mutant::UnfencedLeftOut,
-    Mutant::GiveUpTakesBoots,
     Mutant::LossNotRaised,
     Mutant::FlushCoversLater,
     Mutant::FlushWithoutDisk,
