@@ -12,6 +12,10 @@ const ONCE_FAILED: &[(u64, &str)] = &[
     (339, "an Open was answered when an earlier one's incarnation was durable (H20)"),
     (477, "a device that opened while a fence was under way was reported, but not fenced and not marked (I2, H7)"),
     (1497, "a restarted read saw a write that came after it on one member, and that write was undone (I4)"),
+    (
+        379_750_932_271,
+        "an older state of the object, told late by a watch, took a wish back: a session ended and came again",
+    ),
     (2362, "a server that had just started confirmed a deletion: its device was not open yet (R14)"),
 ];
 

@@ -33,7 +33,9 @@ pub fn volume_object(
     let Some(id) = maps::volume_id(status)? else { return Ok(None) };
     let status: Status = maps::protocol_status(status)?;
     let wishes = wishes(volume, policy, near_zone)?;
-    Ok(Some(VolumeObject { id, name: volume.name_any(), id_is_new, wishes, status }))
+    // A number in every API server there is, and from Kubernetes 1.35 on promised to be one. A directory has none.
+    let version = volume.resource_version().and_then(|version| version.parse().ok()).unwrap_or(0);
+    Ok(Some(VolumeObject { id, name: volume.name_any(), id_is_new, version, wishes, status }))
 }
 
 fn wishes(volume: &Volume, policy: Option<&ReplicationPolicy>, near_zone: &str) -> Result<Wishes, Unreadable> {

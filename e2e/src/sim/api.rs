@@ -55,8 +55,8 @@ impl Store {
             force: None,
             delete_kept: Vec::new(),
         };
-        let object =
-            VolumeObject { id: VOLUME, name: "volume".into(), id_is_new: true, wishes, status: Status::default() };
+        let status = Status::default();
+        let object = VolumeObject { id: VOLUME, name: "volume".into(), id_is_new: true, version: 1, wishes, status };
         Self {
             object: Rc::new(object),
             holder: None,
@@ -84,6 +84,7 @@ impl World {
     /// Changes the wishes. Everybody who watches hears of it.
     pub(super) fn wish(&mut self, change: impl FnOnce(&mut Wishes)) {
         let mut object = (*self.store.object).clone();
+        object.version += 1;
         change(&mut object.wishes);
         self.store.object = Rc::new(object);
         self.tell_watchers();
@@ -192,6 +193,7 @@ impl World {
             self.counters.count("reached: a deposed leader's write went through");
         }
         let mut object = (*self.store.object).clone();
+        object.version += 1;
         let before = std::mem::replace(&mut object.status, next.clone());
         self.store.object = Rc::new(object);
         self.committed(&before);

@@ -20,6 +20,9 @@ pub struct VolumeObject {
     /// The id was minted for this very object and stood nowhere before. Else an object without a map may be an old volume
     /// applied without its status, and every known server is asked before a blank map is made.
     pub id_is_new: bool,
+    /// Which of two states of the object is the later one: it grows with every change (Kubernetes: the resource version).
+    /// 0 = the store cannot tell, for it hands states over in their order.
+    pub version: u64,
     /// What people and the CSI plugin want.
     pub wishes: Wishes,
     /// What the leader wrote last.

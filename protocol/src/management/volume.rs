@@ -115,6 +115,8 @@ pub(super) struct Volume {
     pub(super) object: VolumeObject,
     /// The object is being read anew; nothing is done until it is here.
     pub(super) reading: bool,
+    /// The last that a watch brought since then: it may be later than what is read.
+    watched_meanwhile: Option<VolumeObject>,
     pub(super) change: Option<Change>,
     pub(super) write: Option<Write>,
     pub(super) release: Option<CallId>,
@@ -169,6 +171,7 @@ impl Volume {
         let mut volume = Self {
             object,
             reading: false,
+            watched_meanwhile: None,
             change: None,
             write: None,
             release: None,
@@ -216,8 +219,19 @@ impl Volume {
         self.object.status.map.as_ref()
     }
 
-    /// The object is new or changed. What a watch brings may be older than what this leader wrote itself.
+    /// The object is new or changed. What a watch brings may be older than what this leader wrote itself, and older than
+    /// what it has read: wishes never go back, or a session that is out would be admitted a second time.
     pub(super) fn take(&mut self, now: Millis, object: VolumeObject, source: Source) {
+        if source == Source::Watched && object.version < self.object.version {
+            return;
+        }
+        if source == Source::Watched && self.reading {
+            self.watched_meanwhile = Some(object.clone());
+        }
+        let object = match self.watched_meanwhile.take_if(|_| source == Source::Read) {
+            Some(watched) if watched.version > object.version => watched,
+            _ => object,
+        };
         let rank = |status: &Status| (status.highest(), status.generation);
         let older = rank(&object.status) < rank(self.status());
         if source == Source::Watched && (older || self.reading || self.write.is_some() || self.change.is_some()) {
@@ -269,6 +283,7 @@ impl Volume {
     /// Reads the object anew, past every cache.
     pub(super) fn read(&mut self, world: &mut World<'_>) {
         self.reading = true;
+        self.watched_meanwhile = None;
         self.change = None;
         self.write = None;
         world.out.push(Output::Read { volume: self.id() });

@@ -487,7 +487,8 @@ impl Fake {
     }
 
     /// Applies an object, or new wishes for it.
-    pub(super) fn apply(&mut self, object: VolumeObject) {
+    pub(super) fn apply(&mut self, mut object: VolumeObject) {
+        object.version = self.object.as_ref().map_or(0, |now| now.version) + 1;
         self.object = Some(object.clone());
         self.input(Input::Volume { object, source: Source::Watched });
     }
@@ -585,5 +586,5 @@ pub(super) fn volume(copies: u8, groups: u8) -> VolumeObject {
         force: None,
         delete_kept: Vec::new(),
     };
-    VolumeObject { id: V, name: "data".to_string(), id_is_new: true, wishes, status: Status::default() }
+    VolumeObject { id: V, name: "data".to_string(), id_is_new: true, version: 0, wishes, status: Status::default() }
 }

@@ -1,5 +1,6 @@
 //! Read leases, changes given up, leaders that die or lag, restored API servers; R5, M7, R6, R13, R14, H18, H24.
 
+use super::super::volume::Volume;
 use super::super::*;
 use super::fake::{Fake, V};
 use crate::control::Trouble;
@@ -262,6 +263,32 @@ fn r6_an_object_restored_from_an_old_copy_stops_every_change_until_a_person_adop
     assert!(fake.map().generation > newest.generation);
     assert_eq!(fake.status().session(SessionId(1)), SessionState::Admitted);
     assert!(fake.lease > 5, "the Lease's number is above all that were heard");
+}
+
+/// Found by the simulator (seed 379750932271): the wishes of an older state ended a session and admitted it once more.
+#[test]
+fn an_older_word_of_a_watch_takes_no_wish_back() {
+    let mut fake = Fake::with_volume(3, 2, 1);
+    let before = fake.object.clone().unwrap();
+    fake.attach(1, "n1");
+    fake.run(2_000);
+    let generation = fake.map().generation;
+    fake.input(Input::Volume { object: before, source: Source::Watched });
+    fake.run(5_000);
+    assert_eq!(fake.map().sessions.len(), 1, "session 1 is still wished for");
+    assert_eq!(fake.map().generation, generation, "and never left");
+}
+
+#[test]
+fn what_was_read_before_a_later_word_of_the_watch_takes_no_wish_back() {
+    let read = super::fake::volume(2, 1);
+    let mut wished = VolumeObject { version: 2, ..read.clone() };
+    wished.wishes.size *= 2;
+    let mut known = Volume::new(read.clone(), Millis(0));
+    known.reading = true;
+    known.take(Millis(1), wished.clone(), Source::Watched);
+    known.take(Millis(2), read, Source::Read);
+    assert_eq!((known.object.wishes, known.reading), (wished.wishes, false));
 }
 
 #[test]
