@@ -169,11 +169,10 @@ impl World {
             fails: BTreeMap::new(),
             told: Generation(0),
         };
-        let alone = host.processes.is_empty();
         host.processes.insert(host.epoch, runtime);
         self.note(|| format!("client {client} starts a driver for session {:x} ({start:?})", session.0));
-        // Beside a process that lives, the device changes hands only when the members refuse that one.
-        if alone {
+        // A successor asks for the device only when the members refuse every process before it (H20).
+        if start == Start::Fresh {
             self.hand_device_to(process, start);
         }
         self.tell_client(client);

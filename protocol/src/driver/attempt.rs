@@ -10,7 +10,7 @@ use super::{Driver, Op as Wish, OpError, Output, Phase, Replay, Tag};
 use crate::ids::{Seq, ServerId};
 use crate::map::AccessMode;
 use crate::mutants::{Mutant, on};
-use crate::wire::RequestBody;
+use crate::wire::{RequestBody, Start};
 use bytes::Bytes;
 
 /// Frames that one operation has outstanding before it waits for answers: a discard of a terabyte is not cut at once.
@@ -18,6 +18,8 @@ const MAX_FRAMES_OUT: u32 = 128;
 
 impl Driver {
     pub(super) fn submit(&mut self, tag: Tag, wish: Wish) {
+        let early = self.phase == Phase::Discovering && self.config.start == Start::Resume;
+        assert!(!early, "a successor takes nothing from the kernel before its incarnation is final (H20)");
         if self.phase == Phase::Ended {
             self.out.push(Output::Complete { tag, result: Err(OpError::Io) });
             return;

@@ -112,10 +112,10 @@ fn on_a_volume_of_several_sessions_nothing_is_rewritten() {
 #[test]
 fn a_successor_that_meets_a_higher_loss_fails_everything() {
     let mut bench = Bench::new(Start::Resume);
-    bench.write(1, 0, 4096);
     bench.input(Input::Map(restarted(2)));
     bench.connect_all();
     bench.open_all();
+    bench.write(1, 0, 4096);
     assert_eq!(bench.result(1), Some(Err(OpError::Io)));
     bench.submit(2, Op::Flush);
     assert_eq!(bench.result(2), Some(Err(OpError::Io)));

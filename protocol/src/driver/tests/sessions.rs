@@ -83,18 +83,26 @@ fn a_held_session_waits() {
 #[test]
 fn a_successor_serves_nothing_before_all_members_answered() {
     let mut bench = resuming(4);
-    bench.read(1, 0, 4096);
     let opens = [bench.take(1, is_open).unwrap(), bench.take(2, is_open).unwrap()];
     assert!(opens.iter().all(|open| incarnation(open) == 5));
     bench.serve(&opens[0]);
     assert!(bench.flying.is_empty() && !bench.driver.is_serving() && !bench.driver.owns_device());
     bench.serve(&opens[1]);
     assert!(bench.driver.is_serving() && bench.driver.owns_device());
+    bench.read(1, 0, 4096);
     bench.serve_all();
     assert!(!bench.is_done(1), "a write that is given back later comes first");
     bench.input(Input::Replayed);
     bench.serve_all();
     assert!(bench.is_done(1));
+}
+
+/// Found by the simulator: a process that had the kernel's requests already, and looked for its incarnation still, took
+/// one above that of the process after it and wrote its old data over that one's.
+#[test]
+#[should_panic(expected = "takes nothing from the kernel before its incarnation is final")]
+fn a_successor_takes_nothing_from_the_kernel_before_its_incarnation_is_final() {
+    resuming(4).write(1, 0, 4096);
 }
 
 #[test]

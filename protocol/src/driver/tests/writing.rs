@@ -218,12 +218,12 @@ fn a_restarted_write_never_asks_for_room() {
 fn a_write_given_back_to_a_successor_never_asks_for_room() {
     let mut bench = Bench::new(Start::Resume);
     bench.credit = 0;
-    bench.write(1, 0, 4096);
-    bench.input(Input::Replayed);
-    bench.write(2, PAGE, 4096);
     bench.input(Input::Map(pair(1)));
     bench.connect_all();
     bench.open_all();
+    bench.write(1, 0, 4096);
+    bench.input(Input::Replayed);
+    bench.write(2, PAGE, 4096);
     assert_eq!(bench.under_way(1), ["write", "reserve"]);
 }
 
