@@ -14,6 +14,7 @@
 //! | `reconfigure` | promise, fence, serve, copies |
 //! | `report` | heartbeats, inventory, what a fence reply says |
 //! | `pull`, `fill`, `settle` | pages from peers |
+//! | `reserve` | slots for pages, or ENOSPC |
 //! | `survey` | which pages were ever written |
 //! | `volume` | what is known of a volume, and what of it is durable |
 
@@ -38,6 +39,7 @@ mod reach;
 mod reconfigure;
 mod report;
 mod requests;
+mod reserve;
 mod settle;
 mod survey;
 mod volume;
@@ -138,11 +140,11 @@ enum Owner {
     /// A stale mark on a bad block: nobody waits, but a fence does.
     Bad(VolumeId),
     /// The next own page of a fill.
-    PullNext(CopyId),
+    PullNext(CopyId, PeerId),
     /// What a fill or settle brought becomes durable: first the data, then the marks.
-    PullFlush(CopyId),
+    PullFlush(CopyId, PeerId),
     /// See above.
-    PullMarks(CopyId),
+    PullMarks(CopyId, PeerId),
     /// Nobody.
     Nobody,
 }
@@ -290,9 +292,9 @@ impl StorageServer {
             Owner::Flush(exec) => self.flush_answered(exec),
             Owner::Change(volume) => self.change_answered(volume, answer),
             Owner::Open(open) => self.open_durable(open),
-            Owner::PullNext(copy) => self.pull_next(copy, answer),
-            Owner::PullFlush(copy) => self.pull_flushed(copy),
-            Owner::PullMarks(copy) => self.pull_marked(copy),
+            Owner::PullNext(copy, peer) => self.pull_next(copy, peer, answer),
+            Owner::PullFlush(copy, peer) => self.pull_flushed(copy, peer),
+            Owner::PullMarks(copy, peer) => self.pull_marked(copy, peer),
             Owner::Nobody => {}
         }
     }
@@ -324,7 +326,7 @@ impl StorageServer {
         for (_, owner) in lost {
             match owner {
                 Owner::Clear(volume) | Owner::Bad(volume) => self.finished_one(volume),
-                Owner::PullFlush(copy) | Owner::PullMarks(copy) => self.pull_lost(copy),
+                Owner::PullFlush(copy, _) | Owner::PullMarks(copy, _) => self.pull_lost(copy),
                 Owner::Open(open) => self.open_lost(open),
                 Owner::Change(volume) => self.change_lost(volume),
                 _ => {}

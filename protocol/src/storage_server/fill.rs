@@ -60,6 +60,8 @@ pub(super) struct ApplyPage {
     pub(super) before_start: bool,
     /// Nothing was applied: a promise came in between.
     pub(super) dropped: bool,
+    /// A block that is stale here is stale at the source, too.
+    pub(super) leaves_stale: bool,
     /// What each operation makes of the blocks from its first on.
     making: BTreeMap<u32, (Range<u32>, BlockState)>,
 }
@@ -122,6 +124,7 @@ impl ApplyPage {
             // Every member is to have a mended page on its list, and nothing but the end of a settle clears it there.
             before_start: pending_before_start || mode == Mode::Mend,
             dropped: false,
+            leaves_stale: false,
             making: BTreeMap::new(),
         })
     }
@@ -233,11 +236,12 @@ impl StorageServer {
         let own = self.devices[&boot].records[&page].blocks.clone();
         let Some(Work::Apply(apply)) = self.execs.get_mut(&id).map(|e| &mut e.work) else { return };
         // H6: dropped if this member has promised or stored another generation since the page was asked for.
-        let late = (promised != apply.generation || !pulled) && !on(Mutant::LateFillApplied);
-        if late || apply.blocks.len() != own.len() {
+        if (promised != apply.generation || !pulled) && !on(Mutant::LateFillApplied) {
             apply.dropped = true;
             return;
         }
+        let stale = |states: &BlockStates, block| states.of(block) == BlockState::Stale;
+        apply.leaves_stale = apply.blocks.iter().any(|(block, _)| stale(&own, block) && stale(&apply.blocks, block));
         let changes = apply.changes(&own);
         let payload = apply.payload.clone();
         let mended_by = (apply.mode == Mode::Mend).then_some(apply.source);

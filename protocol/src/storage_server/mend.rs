@@ -1,4 +1,5 @@
-//! What the authoritative copy of a settle has stale: taken from the next `Active` member (H12, R1; PROTOCOL.md §5.8).
+//! What a copy has stale and others may have: repairs (R12), and what the authoritative copy of a settle takes from the
+//! next `Active` member (H12, R1; PROTOCOL.md §5.8).
 //!
 //! While a settle runs its members see whatever the authoritative copy serves, stale blocks too, and leave their own
 //! alone there. Meanwhile that copy asks the other `Active` members for such blocks, in map order, and marks their pages
@@ -13,6 +14,7 @@ use crate::control::{SETTLE_ANEW, SettleName};
 use crate::ids::{CopyId, LayerId, ServerId, VolumeId};
 use crate::layer::{BlockState, BlockStates, PageKey};
 use crate::map::{Group, Member, MemberState, VolumeMap};
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// What an authoritative copy found stale in what it served for a settle. In memory only, as that copy's boot id.
@@ -81,7 +83,41 @@ pub(super) fn wanted_mend(
     Some((source, open().filter(|(_, next)| *next == source).map(|((_, page), _)| page).collect()))
 }
 
+/// Whom to ask next for bad blocks of an `Active` copy, and for which pages of a layer (R12): while a settle runs the
+/// authoritative copy alone (M8), else each `Active` member once under a map, those last that are to be avoided.
+pub(super) fn wanted_repair(
+    group: &Group,
+    own: &Member,
+    copy: &Copy,
+    layer: LayerId,
+    settle: Option<SettleName>,
+) -> Option<(ServerId, VecDeque<u64>)> {
+    let mut sources: Vec<&Member> = group.in_state(MemberState::Active).filter(|m| m.copy != own.copy).collect();
+    sources.retain(|m| settle.is_none_or(|name| name.authoritative == m.copy));
+    sources.sort_by_key(|m| m.avoid);
+    let next = |tried: &BTreeSet<ServerId>| sources.iter().map(|m| m.server).find(|server| !tried.contains(server));
+    let bad = copy.repairs.iter().filter(|((l, _), _)| *l == layer);
+    let open: Vec<_> = bad.filter_map(|((_, page), tried)| Some((*page, next(tried)?))).collect();
+    let source = open.first()?.1;
+    Some((source, open.iter().filter(|(_, next)| *next == source).map(|(page, _)| *page).collect()))
+}
+
 impl StorageServer {
+    /// A client has met a bad block that was known before: others may have it.
+    pub(super) fn bad_was_read(&mut self, volume: VolumeId, page: PageKey) {
+        let Some(copy) = self.known(volume).copies.get_mut(&page.copy) else { return };
+        if let Entry::Vacant(unknown) = copy.repairs.entry((page.layer, page.page)) {
+            unknown.insert(BTreeSet::new());
+            self.due(self.now, super::Due::Pulls(volume));
+        }
+    }
+
+    /// Under another map other members may serve, or another opening of one.
+    pub(super) fn repair_anew(&mut self, volume: VolumeId) {
+        let copies = self.known(volume).copies.values_mut();
+        copies.flat_map(|copy| copy.repairs.values_mut()).for_each(BTreeSet::clear);
+    }
+
     /// A page goes out for a settle: what is stale in it is to be mended.
     pub(super) fn note_served(&mut self, volume: VolumeId, page: PageKey, serve: &ServePage) {
         let stale = serve.stale_blocks();

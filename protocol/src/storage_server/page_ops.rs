@@ -15,9 +15,11 @@ use crate::layer::{BLOCK_BYTES, BlockState, BlockStates, PageKey};
 use crate::mutants::{Mutant, on};
 use crate::wire::ReplyBody;
 use bytes::{Bytes, BytesMut};
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use super::fill::{ApplyPage, ServePage};
+use super::reserve::Reserve;
 use super::survey::Survey;
 
 /// Names an execution.
@@ -64,10 +66,8 @@ pub(super) enum Work {
         to: ReplyTo,
         boots: Vec<BootId>,
     },
-    Reserve {
-        to: ReplyTo,
-        pages: Vec<(BootId, PageKey)>,
-    },
+    /// Slots for pages.
+    Reserve(Reserve),
     /// Which pages were ever written.
     Survey(Survey),
     /// The source of a fill or settle.
@@ -108,11 +108,8 @@ impl Work {
 
     fn reply_to(&self) -> Option<ReplyTo> {
         match self {
-            Self::Read { to, .. }
-            | Self::Write { to, .. }
-            | Self::Discard { to }
-            | Self::Flush { to, .. }
-            | Self::Reserve { to, .. } => Some(*to),
+            Self::Read { to, .. } | Self::Write { to, .. } | Self::Discard { to } | Self::Flush { to, .. } => Some(*to),
+            Self::Reserve(reserve) => Some(reserve.to),
             Self::Survey(survey) => Some(survey.to),
             Self::Serve(serve) => Some(serve.to),
             Self::Apply(_) | Self::Unsync => None,
@@ -132,15 +129,9 @@ impl Exec {
         Self::pageless(volume, boot, Work::Flush { to, boots }, devices)
     }
 
-    /// A reservation on `devices` devices.
-    pub(super) fn reserve(
-        volume: VolumeId,
-        boot: BootId,
-        to: ReplyTo,
-        pages: Vec<(BootId, PageKey)>,
-        devices: usize,
-    ) -> Self {
-        Self::pageless(volume, boot, Work::Reserve { to, pages }, devices as u32)
+    /// A reservation: on no page's queue, waiting for what it asks of the devices.
+    pub(super) fn reserve(volume: VolumeId, boot: BootId, reserve: Reserve) -> Self {
+        Self::pageless(volume, boot, Work::Reserve(reserve), 0)
     }
 
     /// A survey of a layer's pages: it waits for nothing that runs on them.
@@ -158,9 +149,24 @@ impl Exec {
     pub(super) fn uses(&self, boot: BootId) -> bool {
         match &self.work {
             Work::Flush { boots, .. } => boots.contains(&boot),
-            Work::Reserve { pages, .. } => pages.iter().any(|(b, _)| *b == boot),
+            Work::Reserve(reserve) => reserve.uses(boot),
             _ => self.boot == boot,
         }
+    }
+
+    /// So many more operations are handed to the medium.
+    pub(super) fn await_answers(&mut self, more: u32) {
+        self.outstanding += more;
+    }
+
+    /// Whether the medium owes nothing.
+    pub(super) fn is_answered(&self) -> bool {
+        self.outstanding == 0
+    }
+
+    /// There is no room for it.
+    pub(super) fn refuse_room(&mut self) {
+        self.no_space = true;
     }
 
     fn conflicts(&self, other: &Self) -> bool {
@@ -312,7 +318,7 @@ impl StorageServer {
             Work::Serve(_) => self.run_serve(id),
             Work::Apply(_) => self.run_apply(id),
             Work::Unsync => self.exec_medium(id, first, MediumOp::Commit(vec![Record::MarkUnsynced(page)])),
-            Work::Flush { .. } | Work::Reserve { .. } | Work::Survey(_) => unreachable!("on no page"),
+            Work::Flush { .. } | Work::Reserve(_) | Work::Survey(_) => unreachable!("on no page"),
         }
     }
 
@@ -353,6 +359,10 @@ impl StorageServer {
             }
         }
         debug_assert_eq!(exec.boot, boot);
+        if !bad.is_empty() {
+            let volume = exec.volume;
+            self.bad_was_read(volume, page);
+        }
         for (run, _) in runs.iter().filter(|(_, state)| *state == BlockState::Present) {
             self.exec_medium(id, run.start, MediumOp::Read { page, blocks: run.clone() });
         }
@@ -361,8 +371,10 @@ impl StorageServer {
     pub(super) fn exec_answered(&mut self, id: ExecId, block: u32, answer: MediumAnswer) {
         let Some(exec) = self.execs.get_mut(&id) else { return };
         exec.outstanding -= 1;
-        if matches!(exec.work, Work::Survey(_)) {
-            return self.survey_answered(id, answer);
+        match exec.work {
+            Work::Survey(_) => return self.survey_answered(id, answer),
+            Work::Reserve(_) => return self.reserve_answered(id, block, answer),
+            _ => {}
         }
         let (boot, page) = (exec.boot, exec.page);
         let record = self.devices.get_mut(&boot).and_then(|d| d.records.get_mut(&page));
@@ -389,8 +401,7 @@ impl StorageServer {
             }
             (Work::Unsync, _) => record.expect("kept while its page has work").blocks.make_stale(),
             (Work::Apply(apply), _) => apply.applied(block, record.expect("kept while its page has work")),
-            (Work::Reserve { .. }, _) => {}
-            (Work::Flush { .. } | Work::Survey(_) | Work::Read { .. } | Work::Serve(_), _) => {
+            (Work::Flush { .. } | Work::Reserve(_) | Work::Survey(_) | Work::Read { .. } | Work::Serve(_), _) => {
                 unreachable!("answered otherwise")
             }
         }
@@ -429,7 +440,8 @@ impl StorageServer {
         let known = self.known(volume);
         known.executing += 1;
         if let Some(copy) = known.copies.get_mut(&page.copy) {
-            copy.repairs.insert((page.layer, page.page));
+            // Others were asked for less.
+            copy.repairs.insert((page.layer, page.page), BTreeSet::new());
         }
         self.out.push(Output::Rot(Rot { volume, page, bad: blocks.len() as u32 }));
         self.medium(boot, Owner::Bad(volume), MediumOp::Commit(vec![Record::Stale { page, blocks }]));
@@ -447,7 +459,7 @@ impl StorageServer {
         let (volume, boot, page) = (exec.volume, exec.boot, exec.page);
         self.unmark_for(&exec);
         let to = exec.work.reply_to();
-        let (body, payload) = if exec.no_space { out_of_room(&exec.work) } else { self.result(exec) };
+        let (body, payload) = if exec.no_space { self.out_of_room(exec) } else { self.result(exec) };
         if let Some(to) = to {
             self.release(to, boot, body, payload);
         }
@@ -466,17 +478,8 @@ impl StorageServer {
                 };
                 if bad.is_empty() { (ReplyBody::Data, data) } else { (ReplyBody::BadBlock { blocks: bad }, data) }
             }
-            Work::Reserve { to, pages } => {
-                if let Some(handle) = self.handles.get_mut(&to.header.handle) {
-                    handle.granted += pages.len() as u64;
-                    handle.used += pages.len() as u64;
-                }
-                for (boot, page) in pages {
-                    let record = self.devices.get_mut(&boot).and_then(|d| d.records.get_mut(&page));
-                    if let Some(record) = record {
-                        record.allocated = true;
-                    }
-                }
+            Work::Reserve(reserve) => {
+                self.reserved(&reserve);
                 (ReplyBody::Done, Bytes::new())
             }
             Work::Survey(survey) => (survey.reply(), Bytes::new()),
@@ -494,6 +497,17 @@ impl StorageServer {
             }
             Work::Write { .. } | Work::Discard { .. } | Work::Flush { .. } => (ReplyBody::Done, Bytes::new()),
         }
+    }
+
+    /// No room for a write that was within its credit can only be a write that drew on the reserve: the driver parks it and
+    /// reports; ENOSPC comes only out of a `Reserve` (R8, H22). A page from a peer is asked for again.
+    fn out_of_room(&mut self, exec: Exec) -> (ReplyBody, Bytes) {
+        match exec.work {
+            Work::Reserve(_) => return (ReplyBody::NoSpace, Bytes::new()),
+            Work::Apply(apply) => self.page_refused(exec.page, &apply),
+            _ => {}
+        }
+        (ReplyBody::NotServing, Bytes::new())
     }
 
     /// Gives an execution's place in the window back and answers it.
@@ -542,14 +556,5 @@ fn keep_read(data: &mut ReadData, at: usize, read: Bytes) {
         ReadData::None => *data = ReadData::Whole(read),
         ReadData::Parts(whole) => whole[at..at + read.len()].copy_from_slice(&read),
         ReadData::Whole(_) => unreachable!("one run is read once"),
-    }
-}
-
-/// No room for a write that was within its credit can only be a write that drew on the reserve: the driver parks it and
-/// reports; ENOSPC comes only out of a `Reserve` (R8, H22).
-fn out_of_room(work: &Work) -> (ReplyBody, Bytes) {
-    match work {
-        Work::Reserve { .. } => (ReplyBody::NoSpace, Bytes::new()),
-        _ => (ReplyBody::NotServing, Bytes::new()),
     }
 }

@@ -11,11 +11,11 @@
 use super::contract::{Output, PeerId, Rot};
 use super::fill::{ApplyPage, Mode};
 use super::medium::{MediumAnswer, MediumOp, Record};
-use super::mend::{is_bad_still, wanted_mend};
+use super::mend::{is_bad_still, wanted_mend, wanted_repair};
 use super::page_ops::{Exec, Work};
 use super::report::settle_in;
 use super::{Due, Owner, StorageServer};
-use crate::control::{ControlReply, FillLimit, SettleName};
+use crate::control::{FillLimit, SettleName};
 use crate::ids::{CopyId, Generation, Incarnation, LayerId, OpenNumber, ServerId, VolumeId};
 use crate::layer::{BLOCK_BYTES, PageKey};
 use crate::map::{Group, Member, MemberState, VolumeMap};
@@ -60,6 +60,8 @@ pub(super) struct Pull {
     looking: bool,
     /// Applied, not yet durable.
     applied: Vec<u64>,
+    /// Of those that were applied: a block is stale at the source, too.
+    stale: BTreeSet<u64>,
     /// Being made durable: named pages, and the cursor that holds then.
     flushing: Option<(Vec<u64>, u64)>,
     /// Pages of a settle that are not yet durable.
@@ -151,26 +153,24 @@ impl StorageServer {
         let pages = self.pages_of(volume, own.copy, layer_id);
         let mend = name.filter(|n| n.authoritative == own.copy && own.state == MemberState::Active);
         let mend = mend.and_then(|name| wanted_mend(group, own, copy, layer_id, name));
-        let next = mend.as_ref().map(|(source, _)| *source);
-        let (kind, todo, layer_id) = match (own.state, settles) {
+        let source = source_of(group, own, name);
+        let (kind, source, todo) = match (own.state, settles) {
             (MemberState::Failed, _) => return None,
-            (MemberState::Active, None) if next.is_some() => (Kind::Mend, mend.map(|(_, pages)| pages)?, layer_id),
             (state, Some(name)) => {
-                (Kind::Settle { name, syncing: state == MemberState::Syncing }, VecDeque::new(), layer_id)
+                (Kind::Settle { name, syncing: state == MemberState::Syncing }, source?, VecDeque::new())
             }
             (MemberState::Syncing, None) if layer.unsynced_pages(pages) > 0 => {
-                (Kind::Fill, layer.unsynced.range(..layer.cursor.min(pages)).copied().collect(), layer_id)
-            }
-            (MemberState::Active, None) => {
-                let bad = copy.repairs.iter().filter(|(l, _)| *l == layer_id).map(|(_, page)| *page);
-                (Kind::Repair, bad.collect::<VecDeque<_>>(), layer_id)
+                (Kind::Fill, source?, layer.unsynced.range(..layer.cursor.min(pages)).copied().collect())
             }
             (MemberState::Syncing, None) => return None,
+            (MemberState::Active, None) => match mend {
+                Some((source, pages)) => (Kind::Mend, source, pages),
+                None => {
+                    let (source, pages) = wanted_repair(group, own, copy, layer_id, name)?;
+                    (Kind::Repair, source, pages)
+                }
+            },
         };
-        if kind == Kind::Repair && todo.is_empty() {
-            return None;
-        }
-        let source = next.or_else(|| source_of(group, own, name))?;
         Some(Pull {
             volume,
             kind,
@@ -191,6 +191,7 @@ impl StorageServer {
             source_next: 0,
             looking: false,
             applied: Vec::new(),
+            stale: BTreeSet::new(),
             flushing: None,
             left: u64::MAX,
             paced_until_us: 0,
@@ -312,12 +313,15 @@ impl StorageServer {
         let source = pull.source;
         let Some(mut apply) = ApplyPage::new(mode, generation, body, payload) else { return self.pause(copy) };
         apply.source = source;
-        pull.applying.insert(page);
         let known = self.known(volume);
         let Some(held) = known.copies.get_mut(&copy) else { return };
+        let (Some(boot), page_bytes) = (held.boot, held.layers[&layer].page_bytes) else { return };
+        if apply.blocks.len() != page_bytes / BLOCK_BYTES {
+            return self.pause(copy);
+        }
         let came = apply.payload.len() as u64;
         held.filled_bytes += came;
-        let (Some(boot), page_bytes) = (held.boot, held.layers[&layer].page_bytes) else { return };
+        self.pulls.get_mut(&copy).expect("looked at by the caller").applying.insert(page);
         if mode == Mode::Fill {
             self.pace(copy, came);
         }
@@ -331,7 +335,17 @@ impl StorageServer {
         let Some(pull) = self.pulls.get_mut(&page.copy).filter(|p| p.generation == apply.generation) else { return };
         if pull.applying.remove(&page.page) && !apply.dropped {
             pull.applied.push(page.page);
+            if apply.leaves_stale {
+                pull.stale.insert(page.page);
+            }
             self.go_on(page.copy);
+        }
+    }
+
+    /// There was no room for a page from a peer: it is asked for again after a pause.
+    pub(super) fn page_refused(&mut self, page: PageKey, apply: &ApplyPage) {
+        if self.pulls.get(&page.copy).is_some_and(|pull| pull.generation == apply.generation) {
+            self.pause(page.copy);
         }
     }
 
@@ -350,21 +364,15 @@ impl StorageServer {
         let all_asked = pull.todo.is_empty() && pull.scan >= pull.pages;
         let all_applied = all_asked && pull.is_idle();
         if pull.flushing.is_none() && (all_applied || pull.applied.len() >= FLUSH_PAGES) {
-            let (volume, cursor, kind) = (pull.volume, pull.low(), pull.kind);
+            let (volume, cursor, kind, peer) = (pull.volume, pull.low(), pull.kind, pull.peer);
             pull.flushing = Some((std::mem::take(&mut pull.applied), cursor));
             let Some(boot) = self.known(volume).copies.get(&copy).and_then(|c| c.boot) else { return };
             self.known(volume).executing += 1;
             if on(if kind == Kind::Fill { Mutant::FlagBeforeData } else { Mutant::SettleUnflushed }) {
-                return self.pull_flushed(copy);
+                return self.pull_flushed(copy, peer);
             }
-            self.medium(boot, Owner::PullFlush(copy), MediumOp::Flush);
+            self.medium(boot, Owner::PullFlush(copy, peer), MediumOp::Flush);
         }
-    }
-
-    pub(super) fn limit_fills(&mut self, volume: VolumeId, limit: FillLimit) -> ControlReply {
-        let Some(known) = self.volumes.get_mut(&volume) else { return ControlReply::NoCopy { copy: CopyId::NONE } };
-        known.fill_limit = limit;
-        ControlReply::Done
     }
 
     fn fill_limit(&self, pull: &Pull) -> FillLimit {
@@ -424,17 +432,18 @@ impl StorageServer {
         }
         if pull.scan < pull.source_next {
             pull.looking = true;
-            let (volume, what) = (pull.volume, MediumOp::NextPage { copy, layer: pull.layer, from: pull.scan });
+            let (volume, peer) = (pull.volume, pull.peer);
+            let what = MediumOp::NextPage { copy, layer: pull.layer, from: pull.scan };
             let boot = self.known(volume).copies.get(&copy)?.boot?;
-            self.medium(boot, Owner::PullNext(copy), what);
+            self.medium(boot, Owner::PullNext(copy, peer), what);
             return None;
         }
         pull.scan += 1;
         Some(pull.scan - 1)
     }
 
-    pub(super) fn pull_next(&mut self, copy: CopyId, answer: MediumAnswer) {
-        let Some(pull) = self.pulls.get_mut(&copy).filter(|p| p.looking) else { return };
+    pub(super) fn pull_next(&mut self, copy: CopyId, peer: PeerId, answer: MediumAnswer) {
+        let Some(pull) = self.pulls.get_mut(&copy).filter(|p| p.peer == peer && p.looking) else { return };
         let MediumAnswer::NextPage(own) = answer else { panic!("answered with a page number") };
         pull.looking = false;
         let own = own.unwrap_or(u64::MAX);
@@ -448,13 +457,17 @@ impl StorageServer {
         self.go_on(copy);
     }
 
-    pub(super) fn pull_flushed(&mut self, copy: CopyId) {
-        let Some(volume) = self.volume_of(copy) else { return };
+    /// The pull that asked, if it is still under way and no promise came in between (H6).
+    fn same_pull(&mut self, volume: VolumeId, copy: CopyId, peer: PeerId) -> Option<&mut Pull> {
         let promised = self.volumes[&volume].promised;
-        let late = on(Mutant::LateFillApplied);
-        let Some(pull) = self.pulls.get_mut(&copy).filter(|p| p.generation == promised || late) else {
-            return self.finished_one(volume);
-        };
+        let counts = |p: &&mut Pull| p.generation == promised || on(Mutant::LateFillApplied);
+        self.pulls.get_mut(&copy).filter(|p| p.peer == peer).filter(counts)
+    }
+
+    /// What this very pull had applied when it asked for the flush is durable.
+    pub(super) fn pull_flushed(&mut self, copy: CopyId, peer: PeerId) {
+        let Some(volume) = self.volume_of(copy) else { return };
+        let Some(pull) = self.same_pull(volume, copy, peer) else { return self.finished_one(volume) };
         let Some((pages, cursor)) = &pull.flushing else { return self.finished_one(volume) };
         let (layer, kind, cursor) = (pull.layer, pull.kind, *cursor);
         let key = |page: &u64| PageKey { copy, layer, page: *page };
@@ -469,17 +482,15 @@ impl StorageServer {
             return self.finished_one(volume);
         };
         if records.is_empty() {
-            return self.pull_marked(copy);
+            return self.pull_marked(copy, peer);
         }
         // Still counted as executing: a fence waits until the marks are durable too.
-        self.medium(boot, Owner::PullMarks(copy), MediumOp::Commit(records));
+        self.medium(boot, Owner::PullMarks(copy, peer), MediumOp::Commit(records));
     }
 
-    pub(super) fn pull_marked(&mut self, copy: CopyId) {
+    pub(super) fn pull_marked(&mut self, copy: CopyId, peer: PeerId) {
         let Some(volume) = self.volume_of(copy) else { return };
-        let promised = self.volumes[&volume].promised;
-        let late = on(Mutant::LateFillApplied);
-        let flushed = self.pulls.get_mut(&copy).filter(|p| p.generation == promised || late).and_then(|pull| {
+        let flushed = self.same_pull(volume, copy, peer).and_then(|pull| {
             let (pages, cursor) = pull.flushing.take()?;
             pull.left = pull.left.saturating_sub(pages.len() as u64);
             Some((pages, cursor, pull.kind, pull.layer))
@@ -499,13 +510,18 @@ impl StorageServer {
         cursor: u64,
         kind: Kind,
     ) {
+        let Some(pull) = self.pulls.get(&copy) else { return };
+        let (source, stale) = (pull.source, pull.stale.clone());
         let Some(held) = self.known(volume).copies.get_mut(&copy) else { return };
-        let mends = kind == Kind::Mend;
-        let was_bad = |page: &&u64| {
-            let bad_still = mends && is_bad_still(held, (layer, **page));
-            !bad_still && held.repairs.remove(&(layer, **page))
-        };
-        let repaired: Vec<u64> = pages.iter().filter(was_bad).copied().collect();
+        let mut repaired = Vec::new();
+        for page in pages {
+            let key = (layer, *page);
+            if stale.contains(page) || kind == Kind::Mend && is_bad_still(held, key) {
+                held.repairs.entry(key).and_modify(|tried| tried.extend([source]));
+            } else if held.repairs.remove(&key).is_some() {
+                repaired.push(*page);
+            }
+        }
         if let (Kind::Fill, Some(own)) = (kind, held.layers.get_mut(&layer)) {
             own.cursor = cursor;
             for page in pages {

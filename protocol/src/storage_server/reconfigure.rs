@@ -12,7 +12,7 @@ use super::medium::{CopyRecord, LayerRecord, MediumAnswer, MediumOp, Record};
 use super::pending::end_of_settle;
 use super::volume::{Copy, Volume};
 use super::{Due, Owner, StorageServer};
-use crate::control::{ControlReply, ControlRequest, Fence};
+use crate::control::{ControlReply, ControlRequest, Fence, FillLimit};
 use crate::ids::{BootId, CopyId, DeviceId, Generation, LayerId, VolumeId};
 use crate::layer::PageKey;
 use crate::map::{MemberState, Settle, VolumeMap};
@@ -83,6 +83,12 @@ impl StorageServer {
             }
         };
         self.control_reply(call, reply);
+    }
+
+    fn limit_fills(&mut self, volume: VolumeId, limit: FillLimit) -> ControlReply {
+        let Some(known) = self.volumes.get_mut(&volume) else { return ControlReply::NoCopy { copy: CopyId::NONE } };
+        known.fill_limit = limit;
+        ControlReply::Done
     }
 
     fn control_reply(&mut self, call: CallId, reply: ControlReply) {
@@ -477,6 +483,7 @@ impl StorageServer {
     }
 
     fn map_stored(&mut self, volume: VolumeId) {
+        self.repair_anew(volume);
         self.push_map(volume);
         self.due(self.now, Due::Pulls(volume));
     }

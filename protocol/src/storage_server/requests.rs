@@ -7,8 +7,8 @@ use super::medium::MediumOp;
 use super::page_ops::{Exec, Work};
 use super::{Due, Owner, StorageServer};
 use crate::ids::{BootId, Generation, SessionId, VolumeId};
-use crate::layer::{BLOCK_BYTES, PageKey};
-use crate::limits::{BEHIND_ASK_MEMBER_MS, SPACE_RESERVE_DIVISOR, WINDOW_BYTES, WINDOW_REQUESTS};
+use crate::layer::PageKey;
+use crate::limits::{BEHIND_ASK_MEMBER_MS, WINDOW_BYTES, WINDOW_REQUESTS};
 use crate::map::AccessMode;
 use crate::mutants::{Mutant, on};
 use crate::wire::{Opener, Place, ReplyBody, RequestBody, RequestFrame, RequestHeader};
@@ -261,39 +261,6 @@ impl StorageServer {
                     self.medium(boot, Owner::Flush(exec), MediumOp::Flush);
                 }
             }
-        }
-    }
-
-    /// `Reserve`: slots for these pages now, or ENOSPC before anything was sent (R8).
-    fn reserve(&mut self, to: ReplyTo, volume: VolumeId, pages: &[(crate::ids::LayerId, (u32, u64))]) {
-        let mut wanted: BTreeMap<BootId, Vec<PageKey>> = BTreeMap::new();
-        let mut bytes: BTreeMap<BootId, u64> = BTreeMap::new();
-        for &(layer, (group, page)) in pages {
-            let place = Place { layer, group, page, offset: 0, length: BLOCK_BYTES };
-            match self.locate(volume, &place, Needs::Writer) {
-                Err(Located::Nonsense) => return self.violation(to.conn, Violation::Place),
-                Err(Located::Reply(reply)) => {
-                    return self.answer(to.conn, &to.header, BootId::NONE, reply, Bytes::new());
-                }
-                Ok((boot, key, page_bytes)) => {
-                    wanted.entry(boot).or_default().push(key);
-                    *bytes.entry(boot).or_default() += u64::from(page_bytes);
-                }
-            }
-        }
-        let fits = |(boot, bytes): (&BootId, &u64)| {
-            let device = &self.devices[boot];
-            let known = wanted[boot].iter().all(|p| device.records.get(p).is_some_and(|r| r.allocated));
-            known || device.free_bytes >= bytes + device.capacity_bytes / SPACE_RESERVE_DIVISOR
-        };
-        if !bytes.iter().all(fits) {
-            return self.answer(to.conn, &to.header, BootId::NONE, ReplyBody::NoSpace, Bytes::new());
-        }
-        let Some(first) = wanted.keys().next().copied() else { return self.simple(to, ReplyBody::Done) };
-        let keys = wanted.iter().flat_map(|(boot, pages)| pages.iter().map(|page| (*boot, *page))).collect();
-        let exec = self.admit(Exec::reserve(volume, first, to, keys, wanted.len()));
-        for (boot, pages) in wanted {
-            self.medium(boot, Owner::Exec(exec, 0), MediumOp::Allocate(pages));
         }
     }
 

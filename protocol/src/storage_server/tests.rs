@@ -17,6 +17,7 @@ mod mends;
 mod net;
 mod openings;
 mod opens;
+mod repairs;
 mod survey;
 
 use net::{Net, block};
@@ -285,6 +286,24 @@ fn a_window_overrun_and_a_nonsense_place_close_the_connection() {
     }
     net.run();
     assert_eq!(net.closed, [Violation::Place, Violation::Window]);
+}
+
+#[test]
+fn r8_there_is_always_room_for_a_page_that_is_allocated_also_if_nobody_remembers_it() {
+    let mut net = Net::started(1);
+    let handle = net.open(0, 1, 1);
+    net.ask(0, handle, 1, write_at(5, 0), block(1));
+    net.servers[0].medium.free = 0;
+    net.restart(0);
+    net.serve(net.map_with_boots(2, |_| {}));
+    let handle = net.open(0, 2, 2);
+    let mut reserve = |pages: &[u64]| {
+        let pages = pages.iter().map(|page| (LAYER, (0, *page))).collect();
+        net.ask(0, handle, 2, RequestBody::Reserve { pages }, Bytes::new()).body
+    };
+    assert_eq!(reserve(&[5]), ReplyBody::Done, "it takes no more room");
+    assert_eq!(reserve(&[5, 6]), ReplyBody::NoSpace);
+    assert_eq!(reserve(&[6]), ReplyBody::NoSpace);
 }
 
 #[test]

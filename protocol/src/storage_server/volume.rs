@@ -79,8 +79,8 @@ pub(super) struct Copy {
     /// The settle that this copy has done, durably; known in memory only (M3).
     pub(super) settled: Option<SettleName>,
     pub(super) filled_bytes: u64,
-    /// Pages with a bad block to repair from another `Active` member.
-    pub(super) repairs: BTreeSet<(LayerId, u64)>,
+    /// Pages with a bad block to repair from another `Active` member, each with those that could not under this map.
+    pub(super) repairs: BTreeMap<(LayerId, u64), BTreeSet<ServerId>>,
     /// As the authoritative copy of a settle: what it served stale in it.
     pub(super) mend: Option<Mend>,
 }
@@ -195,7 +195,7 @@ impl Volume {
 
     pub(super) fn add_copy(&mut self, record: CopyRecord, boot: BootId, device: DeviceId) {
         let layers = record.layers.iter().map(|l| (l.layer, CopyLayer::new(l))).collect();
-        let (boot, repairs) = (Some(boot), BTreeSet::new());
+        let (boot, repairs) = (Some(boot), BTreeMap::new());
         let copy = Copy { record, device, boot, layers, settled: None, filled_bytes: 0, repairs, mend: None };
         self.copies.insert(copy.record.copy, copy);
         // What this device keeps may be older.

@@ -6,7 +6,7 @@ fn member(map: &mut VolumeMap, n: usize) -> &mut Member {
     &mut map.placements[0].groups[0].members[n]
 }
 
-fn bytes_of(net: &Net, n: usize, page: u64) -> Option<Vec<u8>> {
+pub(super) fn bytes_of(net: &Net, n: usize, page: u64) -> Option<Vec<u8>> {
     let key = PageKey { copy: CopyId(100 + n as u128), layer: LAYER, page };
     let (record, bytes) = net.servers[n].medium.pages.get(&key)?;
     let seen = record.blocks.iter().flat_map(|(b, state)| {
@@ -17,7 +17,7 @@ fn bytes_of(net: &Net, n: usize, page: u64) -> Option<Vec<u8>> {
 }
 
 /// Server 1 is away while pages 0 and 9 are written, then rejoins as `Syncing` at generation 4.
-fn rejoining() -> (Net, HandleId) {
+pub(super) fn rejoining() -> (Net, HandleId) {
     let mut net = Net::started(2);
     let handle = net.open(1, 1, 1);
     net.ask(1, handle, 1, write_at(3, 0), block(0xee));

@@ -17,6 +17,11 @@ pub(super) struct Medium {
     pub(super) release_one: bool,
     pub(super) free: u64,
     pub(super) rotten: Vec<(PageKey, u32)>,
+    /// A page without a slot gets none.
+    pub(super) full: bool,
+    /// Flushes are not answered while this is set, all else is.
+    pub(super) hold_flushes: bool,
+    flushes: VecDeque<(BootId, OpId)>,
     held: VecDeque<(BootId, OpId, MediumOp)>,
 }
 
@@ -34,6 +39,7 @@ impl Medium {
     fn apply(&mut self, op: MediumOp) -> MediumAnswer {
         self.log.push(op.clone());
         match op {
+            MediumOp::Write { page, .. } if self.full && !self.entry(page).0.allocated => return MediumAnswer::NoSpace,
             MediumOp::Load(page) => return MediumAnswer::Page(self.pages.get(&page).map(|(record, _)| record.clone())),
             MediumOp::Read { page, blocks } => return self.read(page, blocks),
             MediumOp::Write { page, first, data } => {
@@ -153,6 +159,8 @@ pub(super) struct Net {
     /// Frames of peers are not delivered while this is set.
     pub(super) cut: bool,
     mute: bool,
+    /// How often a server has called another one.
+    pub(super) connected: u64,
     work: VecDeque<(usize, Input)>,
     peers: BTreeMap<ConnId, (usize, PeerId)>,
     now: Millis,
@@ -226,6 +234,7 @@ impl Net {
             pushed: Vec::new(),
             cut: false,
             mute: false,
+            connected: 0,
             work: VecDeque::new(),
             peers: BTreeMap::new(),
             now: Millis(0),
@@ -315,7 +324,9 @@ impl Net {
             let Some((boot, op, what)) = self.servers[n].medium.held.pop_front() else { return };
             let node = &mut self.servers[n];
             let other = node.other_boot == Some(boot);
-            if boot == node.boot || other {
+            if node.medium.hold_flushes && what == MediumOp::Flush {
+                node.medium.flushes.push_back((boot, op));
+            } else if boot == node.boot || other {
                 let answer = if other { node.other.apply(what) } else { node.medium.apply(what) };
                 let free_bytes = self.servers[n].medium.free;
                 let event = MediumEvent::Answered { op, answer, free_bytes };
@@ -367,6 +378,7 @@ impl Net {
         if self.mute {
             return;
         }
+        self.connected += 1;
         let to = (server.0 - 10) as usize;
         let conn = ConnId(self.fresh() * 100 + to as u64);
         self.peers.insert(conn, (from, peer));
@@ -493,6 +505,14 @@ impl Net {
         let node = &mut self.servers[n];
         let (boot, op, what) = node.medium.held.pop_front().expect("it was asked something");
         let (answer, free_bytes) = (node.medium.apply(what), node.medium.free);
+        self.input(n, Input::Device { boot, event: MediumEvent::Answered { op, answer, free_bytes } });
+    }
+
+    /// Of the flushes that are held the oldest is answered.
+    pub(super) fn answer_flush(&mut self, n: usize) {
+        let medium = &mut self.servers[n].medium;
+        let (boot, op) = medium.flushes.pop_front().expect("it was asked to flush");
+        let (answer, free_bytes) = (medium.apply(MediumOp::Flush), medium.free);
         self.input(n, Input::Device { boot, event: MediumEvent::Answered { op, answer, free_bytes } });
     }
 
