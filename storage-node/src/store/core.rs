@@ -5,7 +5,7 @@
 //!                                          ├─ records → gathering ───────────┤
 //!                                          └─ reads (core/read.rs)           │
 //! cycle (core/cycle.rs), one at a time:  [sync data] → write transaction → [sync] → answers
-//! checkpoint (core/checkpoint.rs), one at a time: data, cells, headers, catalog home → sync → anchor → sync
+//! checkpoint (core/checkpoint.rs), one at a time: data, cells, headers, catalog home → sync → anchor and sync
 //! ```
 //! Operations are started in the order in which they came; one that must wait (for cells, for another under way on its
 //! page, for room in the journal) holds up those behind it, so the order of effects is the order of arrival.
@@ -50,6 +50,9 @@ pub(crate) enum IoKind {
     Write { at: u64, data: Payload },
     /// Make all writes that were done before durable.
     Sync,
+    /// Write all of it, and only when that has succeeded make it and all writes that were done before durable: one
+    /// transfer that ends once.
+    WriteSync { at: u64, data: Payload },
 }
 
 /// How it ended: with a buffer for a read.
@@ -67,11 +70,11 @@ enum Purpose {
     CycleDataSync,
     CycleWrite,
     CycleSync,
+    CycleWriteSync,
     CheckpointRead { home: u64 },
     CheckpointWrite { cells: Option<u32> },
     CheckpointSync,
     CheckpointAnchor,
-    CheckpointAnchorSync,
 }
 
 /// Bounds that follow from the journal's size, so that a cycle never finds it full.
@@ -317,13 +320,11 @@ impl Core {
             (Purpose::CycleDataSync, _) => self.data_synced(),
             (Purpose::CycleWrite, _) => self.transaction_written(),
             (Purpose::CycleSync, _) => self.cycle_synced(),
+            (Purpose::CycleWriteSync, _) => self.transaction_durable(),
             (Purpose::CheckpointRead { home }, buf) => self.copy_home(home, buf.ok().flatten()),
             (Purpose::CheckpointWrite { cells }, _) => self.checkpoint_wrote(cells),
             (Purpose::CheckpointSync, _) => self.write_anchor(),
-            (Purpose::CheckpointAnchor, _) => {
-                self.io(Purpose::CheckpointAnchorSync, IoKind::Sync);
-            }
-            (Purpose::CheckpointAnchorSync, _) => self.checkpoint_over(),
+            (Purpose::CheckpointAnchor, _) => self.checkpoint_over(),
         }
     }
 
@@ -356,7 +357,7 @@ impl Core {
 
     fn io(&mut self, purpose: Purpose, kind: IoKind) {
         self.next_id += 1;
-        self.counts.syncs += u64::from(matches!(kind, IoKind::Sync));
+        self.counts.syncs += u64::from(matches!(kind, IoKind::Sync | IoKind::WriteSync { .. }));
         self.purposes.insert(self.next_id, purpose);
         self.ios.push(Io { id: self.next_id, kind });
     }

@@ -2,7 +2,8 @@
 //!
 //! Invariant: a buffer that the kernel may touch is kept in `under_way` until its completion was seen; the ring is
 //! drained before anything of it is dropped, also when the core panicked. It sleeps in the kernel when there is nothing
-//! to do; an eventfd wakes it.
+//! to do; an eventfd wakes it. A write with its sync is a chain of two entries under one id: the kernel begins the sync
+//! when the write has succeeded in full, and cancels it else; the chain ends once.
 
 use crate::store::aligned::{AlignedBuf, Payload};
 use crate::store::core::{Io, IoFailed, IoKind, IoResult};
@@ -16,11 +17,15 @@ use std::sync::Arc;
 /// Transfers the kernel has at once; the rest waits in the backlog, which the core's bounds keep short.
 const ENTRIES: u32 = 256;
 const WAKE: u64 = 0;
+/// Marks the first of two chained entries; the second bears the bare id.
+const HEAD: u64 = 1 << 63;
 
 enum Held {
     Read(AlignedBuf),
     Write(Payload),
     Sync,
+    /// The write of a chain of two.
+    Chain(#[expect(dead_code, reason = "kept for the kernel alone")] Payload),
 }
 
 /// The ring and what it holds for the kernel.
@@ -30,6 +35,10 @@ pub(crate) struct Ring {
     wake: Arc<OwnedFd>,
     wake_count: Box<[u8; 8]>,
     wake_armed: bool,
+    /// A chain is in the queue of submissions.
+    chain_queued: bool,
+    /// The kernel says nothing of a chain's head that succeeds.
+    silent_heads: bool,
     backlog: VecDeque<Io>,
     under_way: HashMap<u64, Held>,
 }
@@ -61,11 +70,13 @@ impl Ring {
     pub(crate) fn new(disk: OwnedFd, waker: &Waker) -> io::Result<Self> {
         let ring = build()?;
         Ok(Self {
+            silent_heads: ring.params().is_feature_skip_cqe_on_success(),
             ring,
             disk,
             wake: waker.0.clone(),
             wake_count: Box::new([0; 8]),
             wake_armed: false,
+            chain_queued: false,
             backlog: VecDeque::new(),
             under_way: HashMap::new(),
         })
@@ -92,19 +103,40 @@ impl Ring {
         match self.ring.submit_and_wait(usize::from(wait)) {
             Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ResourceBusy) => {}
             Err(e) => return Err(e),
-            Ok(_) => {}
+            Ok(_) => self.refuse_broken_chain()?,
         }
         Ok(self.reap())
     }
 
+    /// A kernel that took only some of the entries, for want of memory, may have parted a sync from its write.
+    fn refuse_broken_chain(&mut self) -> io::Result<()> {
+        let all_taken = self.ring.submission().is_empty();
+        if std::mem::take(&mut self.chain_queued) && !all_taken { Err(io::ErrorKind::OutOfMemory.into()) } else { Ok(()) }
+    }
+
+    /// Room is left for the waker and the second entries of chains, of which the core has two at a time.
     fn fill(&mut self) {
-        while self.under_way.len() + 1 < ENTRIES as usize
+        while self.under_way.len() + 3 < ENTRIES as usize
             && let Some(io) = self.backlog.pop_front()
         {
+            if let IoKind::WriteSync { at, data } = io.kind {
+                self.push_chain(io.id, at, data);
+                continue;
+            }
             let (entry, held) = self.entry(io.kind);
             self.under_way.insert(io.id, held);
             self.push(&entry.user_data(io.id));
         }
+    }
+
+    fn push_chain(&mut self, id: u64, at: u64, data: Payload) {
+        let (write, Held::Write(data)) = self.entry(IoKind::Write { at, data }) else { unreachable!("a write") };
+        let (sync, _) = self.entry(IoKind::Sync);
+        let silent = if self.silent_heads { squeue::Flags::SKIP_SUCCESS } else { squeue::Flags::empty() };
+        self.under_way.insert(id, Held::Chain(data));
+        self.push(&write.flags(squeue::Flags::IO_LINK | silent).user_data(HEAD | id));
+        self.push(&sync.user_data(id));
+        self.chain_queued = true;
     }
 
     fn entry(&self, kind: IoKind) -> (squeue::Entry, Held) {
@@ -115,7 +147,7 @@ impl Ring {
                 let mut buf = AlignedBuf::of_any(len);
                 (opcode::Read::new(disk, buf.as_mut_ptr(), len as u32).offset(at).build(), Held::Read(buf))
             }
-            IoKind::Write { at, data } => {
+            IoKind::Write { at, data } | IoKind::WriteSync { at, data } => {
                 let bytes = data.bytes();
                 let entry = opcode::Write::new(disk, bytes.as_ptr(), bytes.len() as u32).offset(at).build();
                 (entry, Held::Write(data))
@@ -150,6 +182,15 @@ impl Ring {
                 continue;
             }
             let result = completion.result();
+            if id & HEAD != 0 {
+                // A silent head speaks up only when it failed, and then its sync ends without a word. Of others the
+                // sync's end says all: it was cancelled if the write failed.
+                if self.silent_heads {
+                    let held = self.under_way.remove(&(id & !HEAD)).expect("only what was handed in ends");
+                    ended.push((id & !HEAD, refuse(held, result)));
+                }
+                continue;
+            }
             let held = self.under_way.remove(&id).expect("only what was handed in ends");
             ended.push((id, judge(held, result)));
         }
@@ -186,10 +227,70 @@ fn judge(held: Held, result: i32) -> IoResult {
     match held {
         Held::Read(buf) if result == buf.len() as i32 => Ok(Some(buf)),
         Held::Write(data) if result == data.bytes().len() as i32 => Ok(None),
-        Held::Sync if result == 0 => Ok(None),
-        Held::Read(_) | Held::Write(_) | Held::Sync => {
-            tracing::warn!(result, "a transfer of a device failed");
-            Err(IoFailed)
+        Held::Sync | Held::Chain(_) if result == 0 => Ok(None),
+        held => refuse(held, result),
+    }
+}
+
+/// It failed; what it held is no longer touched by the kernel.
+fn refuse(held: Held, result: i32) -> IoResult {
+    tracing::warn!(result, "a transfer of a device failed");
+    drop(held);
+    Err(IoFailed)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use rustix::fs::{MemfdFlags, OFlags, SealFlags};
+
+    fn file(bytes: u64, seals: SealFlags) -> OwnedFd {
+        let fd = rustix::fs::memfd_create("ring", MemfdFlags::ALLOW_SEALING | MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&fd, bytes).unwrap();
+        rustix::fs::fcntl_add_seals(&fd, seals).unwrap();
+        fd
+    }
+
+    /// One write of two blocks with its sync: how it ends, with nothing left under way.
+    fn chain(disk: OwnedFd) -> IoResult {
+        let waker = waker().unwrap();
+        let mut ring = Ring::new(disk, &waker).unwrap();
+        let data = Payload::Own(AlignedBuf::copy_of(&[7; 8192], 8192));
+        ring.add(vec![Io { id: 5, kind: IoKind::WriteSync { at: 0, data } }]);
+        let mut ended = Vec::new();
+        while !ring.is_idle() {
+            ended.extend(ring.turn(true).unwrap());
         }
+        assert_eq!(ended.len(), 1, "a write with its sync ends once");
+        let (id, result) = ended.pop().unwrap();
+        assert_eq!(id, 5);
+        result
+    }
+
+    #[test]
+    fn a_write_with_its_sync_ends_once_when_both_are_done() {
+        let disk = file(8192, SealFlags::empty());
+        let other = disk.try_clone().unwrap();
+        assert!(chain(disk).is_ok());
+        let mut read = [0; 8192];
+        assert_eq!(rustix::io::pread(&other, &mut read, 0), Ok(8192));
+        assert_eq!(read, [7; 8192]);
+    }
+
+    #[test]
+    fn a_write_that_fails_or_is_cut_short_cancels_its_sync_and_fails() {
+        // A file that may not grow takes the first block of two.
+        assert_eq!(chain(file(4096, SealFlags::GROW)).unwrap_err(), IoFailed);
+        assert_eq!(chain(file(8192, SealFlags::WRITE)).unwrap_err(), IoFailed);
+        let null = rustix::fs::open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, rustix::fs::Mode::empty()).unwrap();
+        assert_eq!(chain(null).unwrap_err(), IoFailed);
+    }
+
+    #[test]
+    fn a_sync_that_fails_fails_its_write() {
+        // Takes every write, and no sync.
+        let null = rustix::fs::open("/dev/null", OFlags::WRONLY | OFlags::CLOEXEC, rustix::fs::Mode::empty()).unwrap();
+        assert_eq!(chain(null).unwrap_err(), IoFailed);
     }
 }

@@ -239,7 +239,7 @@ impl Core {
         let checkpoint = self.checkpoint.as_ref().expect("a checkpoint is under way");
         let anchor = checkpoint.anchor.expect("made when the work began");
         let data = Payload::Own(AlignedBuf::copy_of(&anchor.encode(), BLOCK as usize));
-        self.io(Purpose::CheckpointAnchor, IoKind::Write { at: ANCHOR_AT[anchor.place()], data });
+        self.io(Purpose::CheckpointAnchor, IoKind::WriteSync { at: ANCHOR_AT[anchor.place()], data });
     }
 
     pub(super) fn checkpoint_over(&mut self) {

@@ -3,7 +3,8 @@
 //! ```text
 //! idle ─┬─ flush with new presence ─→ DataSync ─┐
 //!       └─ else ────────────────────────────────┴→ Write ─┬→ (someone waits for durability) Sync ─→ idle
-//!                                                         └→ idle
+//!                                                         ├→ idle
+//!                                  (none waits for less) ─┴→ both in one transfer ──────────────────→ idle
 //! ```
 //! Group commit: whoever comes while a cycle is under way shares the next one.
 //! Invariant: a block's presence goes into a transaction only after a sync of its data, unless the block was present
@@ -174,11 +175,23 @@ impl Core {
             at += data.len() as u64;
         }
         cycle.stage = Stage::Write;
+        let cycle_ends_durable = cycle.must_sync && cycle.writes.is_empty();
         let sequence = self.head.sequence;
         self.limbo.extend(gathered.freed.iter().map(|(slot, page_bytes)| (sequence, *slot, *page_bytes)));
         self.head = JournalPoint { position: position + bytes, sequence: sequence + 1, chain: built.chain };
         let at = self.geo.journal_at() + position % self.geo.journal_bytes;
-        self.io(Purpose::CycleWrite, IoKind::Write { at, data: Payload::Own(built.buf) });
+        let data = Payload::Own(built.buf);
+        // Data written through the journal is answered before it is durable: then the write ends by itself.
+        if cycle_ends_durable {
+            self.io(Purpose::CycleWriteSync, IoKind::WriteSync { at, data });
+        } else {
+            self.io(Purpose::CycleWrite, IoKind::Write { at, data });
+        }
+    }
+
+    pub(super) fn transaction_durable(&mut self) {
+        self.written = self.head.sequence - 1;
+        self.cycle_synced();
     }
 
     pub(super) fn transaction_written(&mut self) {

@@ -53,6 +53,7 @@ fn do_io(core: &mut Core, disk: &CutDisk, io: Io) {
         IoKind::Read { at, len } => disk.read_new(at, len).map(Some),
         IoKind::Write { at, data } => disk.write(at, data.bytes()).map(|()| None),
         IoKind::Sync => disk.sync().map(|()| None),
+        IoKind::WriteSync { at, data } => disk.write(at, data.bytes()).and_then(|()| disk.sync()).map(|()| None),
     };
     core.done(io.id, result.map_err(|_| IoFailed));
 }
@@ -70,10 +71,23 @@ fn run(core: &mut Core, disk: &CutDisk, work: Vec<MediumOp>, fail_at: Option<usi
                 break;
             }
             for io in ios {
-                changes += usize::from(!matches!(io.kind, IoKind::Read { .. }));
-                match fail_at == Some(changes) {
-                    true => core.done(io.id, Err(IoFailed)),
-                    false => do_io(core, disk, io),
+                let before = changes;
+                changes += match &io.kind {
+                    IoKind::Read { .. } => 0,
+                    IoKind::Write { .. } | IoKind::Sync => 1,
+                    IoKind::WriteSync { .. } => 2,
+                };
+                match fail_at.filter(|nth| (before + 1..=changes).contains(nth)) {
+                    None => do_io(core, disk, io),
+                    Some(nth) => {
+                        // Of a write with its sync the second to fail is the sync: the write has arrived.
+                        if let IoKind::WriteSync { at, data } = &io.kind
+                            && nth == changes
+                        {
+                            disk.write(*at, data.bytes()).unwrap();
+                        }
+                        core.done(io.id, Err(IoFailed));
+                    }
                 }
             }
         }

@@ -73,6 +73,8 @@ enum Event {
     WriteBegun(usize),
     WriteDone(usize),
     SyncBegun(u64),
+    /// A sync that the device begins once this write has succeeded.
+    LinkedSyncBegun(u64, usize),
     SyncDone(u64),
 }
 
@@ -182,12 +184,17 @@ impl Rig {
         }
         for io in self.core.take_ios() {
             let write = match &io.kind {
-                IoKind::Write { at, data } => {
+                IoKind::Write { at, data } | IoKind::WriteSync { at, data } => {
                     let range = *at..*at + data.bytes().len() as u64;
                     self.refuse_overlap(&range);
+                    let write = self.trace.writes.len();
                     self.trace.writes.push((*at, Rc::new(data.bytes().to_vec())));
-                    self.trace.events.push(Event::WriteBegun(self.trace.writes.len() - 1));
-                    Some(self.trace.writes.len() - 1)
+                    self.trace.events.push(Event::WriteBegun(write));
+                    if matches!(io.kind, IoKind::WriteSync { .. }) {
+                        // The sync is sure to cover its own write and what was done when it was handed in, no more.
+                        self.trace.events.push(Event::LinkedSyncBegun(io.id, write));
+                    }
+                    Some(write)
                 }
                 IoKind::Sync => {
                     self.trace.events.push(Event::SyncBegun(io.id));
@@ -201,7 +208,7 @@ impl Rig {
 
     fn refuse_overlap(&self, range: &std::ops::Range<u64>) {
         for (io, _) in &self.under_way {
-            if let IoKind::Write { at, data } = &io.kind {
+            if let IoKind::Write { at, data } | IoKind::WriteSync { at, data } = &io.kind {
                 let end = at + data.bytes().len() as u64;
                 assert!(end <= range.start || *at >= range.end, "two writes of one place are never under way at once");
             }
@@ -248,6 +255,13 @@ impl Rig {
             IoKind::Write { at, data } => {
                 self.live.write(at, data.bytes());
                 self.trace.events.push(Event::WriteDone(write.unwrap()));
+                None
+            }
+            IoKind::WriteSync { at, data } => {
+                self.live.write(at, data.bytes());
+                // Between the two a cut finds the write done and not synced.
+                self.trace.events.push(Event::WriteDone(write.unwrap()));
+                self.trace.events.push(Event::SyncDone(io.id));
                 None
             }
             IoKind::Sync => {
@@ -432,7 +446,7 @@ fn ask(core: &mut Core, disk: &mut Image, what: MediumOp) -> MediumAnswer {
                     disk.read(at, &mut buf);
                     Some(buf)
                 }
-                IoKind::Write { at, data } => {
+                IoKind::Write { at, data } | IoKind::WriteSync { at, data } => {
                     disk.write(at, data.bytes());
                     None
                 }
@@ -475,9 +489,11 @@ impl Moment {
         match event {
             Event::WriteBegun(nth) => drop(self.open.insert(*nth, false)),
             Event::WriteDone(nth) => drop(self.open.insert(*nth, true)),
-            Event::SyncBegun(id) => {
-                let done = self.open.iter().filter(|(_, done)| **done).map(|(nth, _)| *nth).collect();
-                self.covered.insert(*id, done);
+            Event::SyncBegun(id) => drop(self.covered.insert(*id, self.done_writes())),
+            Event::LinkedSyncBegun(id, write) => {
+                let mut covered = self.done_writes();
+                covered.push(*write);
+                self.covered.insert(*id, covered);
             }
             Event::SyncDone(id) => {
                 for nth in self.covered.remove(id).unwrap() {
@@ -490,6 +506,10 @@ impl Moment {
             Event::HandedIn(op) => self.handed_in(*op, &trace.asked[op]),
             Event::Answered(op) => self.answered(*op, &trace.asked[op]),
         }
+    }
+
+    fn done_writes(&self) -> Vec<usize> {
+        self.open.iter().filter(|(_, done)| **done).map(|(nth, _)| *nth).collect()
     }
 
     fn handed_in(&mut self, op: u64, asked: &Asked) {
