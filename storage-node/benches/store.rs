@@ -49,12 +49,19 @@ impl Bench {
     fn new(path: &Path, atomic4k: bool, boot: u128) -> Self {
         let (sender, events) = channel();
         let options = OpenOptions { identity: ME, boot: BootId(boot), atomic4k: Some(atomic4k) };
-        let (device, _) = open(path, &options, Box::new(move |event| drop(sender.send(event)))).unwrap();
+        let (recovered, _) = open(path, &options).unwrap();
+        let device = recovered.start(Box::new(move |event| drop(sender.send(event)))).unwrap();
         Self { device, events, next: 0 }
     }
 
-    fn wait(&self) {
-        match self.events.recv_timeout(Duration::from_secs(60)).unwrap() {
+    fn wait(&mut self) {
+        let event = loop {
+            match self.events.try_recv() {
+                Ok(event) => break event,
+                Err(_) => self.device.turn(true),
+            }
+        };
+        match event {
             MediumEvent::Answered { answer, .. } => assert!(answer != MediumAnswer::NoSpace),
             MediumEvent::Grown { .. } => panic!("nobody lets it grow"),
             MediumEvent::Failed => panic!("the device failed"),
@@ -63,7 +70,7 @@ impl Bench {
 
     fn submit(&mut self, what: MediumOp) {
         self.next += 1;
-        self.device.submit(self.next, what).unwrap();
+        assert!(self.device.submit_all(vec![(self.next, what)]).is_empty());
     }
 
     fn act(&mut self, what: MediumOp) {

@@ -14,7 +14,7 @@
 use crate::args::DeviceSpec;
 use crate::serve::Listed;
 use crate::server::Server;
-use crate::store::{Device, DeviceError, Identity, OpenOptions};
+use crate::store::{DeviceError, Identity, OpenOptions, Recovered};
 use lamina_protocol::ids::{BootId, ClusterId, DeviceId, ServerId};
 use lamina_protocol::storage_server::medium::Opened;
 use std::path::{Path, PathBuf};
@@ -102,7 +102,7 @@ pub(crate) enum Outcome {
         /// Which.
         path: PathBuf,
         /// With what.
-        result: Result<(Device, Opened), Failure>,
+        result: Result<(Box<Recovered>, Opened), Failure>,
     },
     /// A file was extended for a device in use.
     Grown {
@@ -153,7 +153,7 @@ impl Slots {
             }
         }
         self.drop_unlisted(server);
-        self.begin(server);
+        self.begin();
     }
 
     /// Closes what is no longer listed once no copy lies there.
@@ -192,7 +192,7 @@ impl Slots {
     }
 
     /// Begins what is due.
-    pub(crate) fn begin(&mut self, server: &Rc<Server>) {
+    pub(crate) fn begin(&mut self) {
         let now = Instant::now();
         if !self.slots.iter().any(|slot| slot.again.is_some_and(|at| at <= now)) {
             return;
@@ -211,9 +211,9 @@ impl Slots {
                 boot,
                 atomic4k: slot.spec.atomic4k,
             };
-            let (spec, outcomes, sink) = (slot.spec.clone(), self.outcomes.clone(), server.inbox.sink(boot));
+            let (spec, outcomes) = (slot.spec.clone(), self.outcomes.clone());
             tokio::task::spawn_blocking(move || {
-                let result = opening::open(&spec, &options, sink);
+                let result = opening::open(&spec, &options);
                 // The server is stopping if nobody takes it.
                 let _ = outcomes.blocking_send(Outcome::Opened { path: spec.path, result });
             });
@@ -252,22 +252,22 @@ impl Slots {
                 }
             }
         }
-        self.begin(server);
+        self.begin();
     }
 
-    fn opened_one(&mut self, path: &Path, result: Result<(Device, Opened), Failure>, server: &Rc<Server>) {
+    fn opened_one(&mut self, path: &Path, result: Result<(Box<Recovered>, Opened), Failure>, server: &Rc<Server>) {
         let outcomes = self.outcomes.clone();
         let Some(slot) = self.slot(path) else { return };
         match result {
-            Ok((device, opened)) => {
-                tracing::info!(device = %path.display(), id = %opened.device, boot = %opened.boot, copies = opened.copies.len(), "device opened");
-                slot.view.id = Some(opened.device);
-                slot.view.boot = Some(opened.boot);
-                slot.in_a_row = 0;
-                slot.said_to_hold = false;
-                slot.show(DeviceState::Ready, None);
-                grow(slot.spec.clone(), outcomes);
-                server.device_opened(device, opened);
+            Ok((recovered, opened)) => {
+                let (id, boot, copies) = (opened.device, opened.boot, opened.copies.len());
+                match server.device_opened(*recovered, opened) {
+                    Ok(()) => slot.serves(id, boot, copies, outcomes),
+                    Err(error) => {
+                        let failure = Failure::from(error);
+                        slot.failed(failure.state, failure.reason);
+                    }
+                }
             }
             Err(failure) => slot.failed(failure.state, failure.reason),
         }
@@ -275,9 +275,7 @@ impl Slots {
     }
 
     /// The machine closed this opening (R3): the device is opened anew after a pause.
-    pub(crate) fn closed(&mut self, boot: BootId, device: Device) {
-        // Its thread has ended with the failure, or ends now; either may wait for the disk.
-        tokio::task::spawn_blocking(move || drop(device));
+    pub(crate) fn closed(&mut self, boot: BootId) {
         if let Some(slot) = self.slots.iter_mut().find(|slot| slot.view.boot == Some(boot)) {
             slot.view.boot = None;
             slot.failed(DeviceState::Failed, "an operation failed; the log names it".into());
@@ -311,6 +309,16 @@ impl Slot {
             failures: 0,
         };
         Self { spec, listed: true, view, in_a_row: 0, again: Some(Instant::now()), said_to_hold: false }
+    }
+
+    fn serves(&mut self, id: DeviceId, boot: BootId, copies: usize, outcomes: mpsc::Sender<Outcome>) {
+        tracing::info!(device = %self.spec.path.display(), %id, %boot, copies, "device opened");
+        self.view.id = Some(id);
+        self.view.boot = Some(boot);
+        self.in_a_row = 0;
+        self.said_to_hold = false;
+        self.show(DeviceState::Ready, None);
+        grow(self.spec.clone(), outcomes);
     }
 
     fn show(&mut self, state: DeviceState, reason: Option<String>) {

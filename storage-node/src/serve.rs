@@ -1,7 +1,7 @@
 //! `serve`: listeners, threads, the main loop, and how the process stops.
 //!
 //! ```text
-//! main thread: one current-thread runtime: machine, connections, peers, devices' events, timer
+//! main thread: one current-thread runtime: machine, connections, peers, devices with their rings, timer
 //! side thread: one current-thread runtime: gRPC of leaders, /metrics, Kubernetes
 //! ```
 //! The first SIGTERM or SIGINT asks the leader to leave this server's copies out and waits for that; the second ends the
@@ -20,7 +20,6 @@ use lamina_control_api::storage::{ServerIdentity, Session};
 use std::future::pending;
 use std::net::SocketAddr;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -82,14 +81,14 @@ struct Main {
 pub fn serve(args: Serve) -> Result<(), ServeError> {
     let reactor = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     LocalSet::new().block_on(&reactor, run(args))?;
-    // Devices' threads and blocking work end with the process.
+    // Blocking work ends with the process.
     reactor.shutdown_background();
     Ok(())
 }
 
 async fn run(args: Serve) -> Result<(), ServeError> {
     let metrics = Metrics::new();
-    let inbox = Arc::new(Inbox::default());
+    let inbox = Rc::new(Inbox::default());
     let server = Server::new(args.cluster, inbox, metrics.clone());
     let listener = bind("block requests", args.listen).await?;
     let block = listener.local_addr()?;
@@ -231,10 +230,10 @@ impl Program {
                     let _ = question.send(self.snapshot());
                 }
                 () = self.server.attention.notified() => {}
-                () = due => self.slots.begin(&self.server),
+                () = due => self.slots.begin(),
             }
-            for (boot, device) in self.server.take_closed() {
-                self.slots.closed(boot, device);
+            for boot in self.server.take_closed() {
+                self.slots.closed(boot);
             }
             self.show();
         }

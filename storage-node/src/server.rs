@@ -13,7 +13,7 @@ use crate::link::Link;
 use crate::metrics::Metrics;
 use crate::peers::Peer;
 use crate::rate::LineLimit;
-use crate::store::Device;
+use crate::store::{Device, DeviceError, Ready, Recovered};
 use lamina_control_api::storage::{Answerer, NotSent, ServerWord};
 use lamina_protocol::control::{ControlReply, ControlRequest};
 use lamina_protocol::ids::{BootId, ClusterId, ServerId};
@@ -24,9 +24,8 @@ use lamina_protocol::storage_server::{
 use lamina_protocol::time::Millis;
 use lamina_protocol::wire::{ReplyFrame, RequestFrame};
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::Notify;
 
@@ -37,7 +36,7 @@ const LEADER_SILENT_MS: u64 = 5_000;
 pub(crate) struct Server {
     inner: RefCell<Inner>,
     /// What devices say.
-    pub(crate) inbox: Arc<Inbox>,
+    pub(crate) inbox: Rc<Inbox>,
     /// The timer was set anew.
     pub(crate) timer_set: Notify,
     /// Something for the main loop: a device was closed, or the leave is over.
@@ -62,9 +61,7 @@ struct Inner {
     conns: HashMap<ConnId, Rc<Accepted>>,
     peers: HashMap<PeerId, Peer>,
     devices: HashMap<BootId, OpenDevice>,
-    /// Openings that failed before the machine heard of them.
-    stillborn: HashSet<BootId>,
-    closed: Vec<(BootId, Device)>,
+    closed: Vec<BootId>,
     calls: HashMap<CallId, (u64, CallId)>,
     leaders: BTreeMap<u64, Leader>,
     /// Links and devices with something new in this batch.
@@ -74,7 +71,7 @@ struct Inner {
 
 /// A device that the machine works on.
 struct OpenDevice {
-    device: Device,
+    device: Rc<RefCell<Device>>,
     /// Operations of this batch, behind those that its queue had no room for.
     batch: VecDeque<(OpId, MediumOp)>,
 }
@@ -88,7 +85,7 @@ struct Leader {
 
 impl Server {
     /// A server without devices, and so without an id.
-    pub(crate) fn new(cluster: ClusterId, inbox: Arc<Inbox>, metrics: Metrics) -> Rc<Self> {
+    pub(crate) fn new(cluster: ClusterId, inbox: Rc<Inbox>, metrics: Metrics) -> Rc<Self> {
         let config = Config { server: ServerId::NONE, cluster };
         Rc::new(Self {
             inner: RefCell::new(Inner::new(config)),
@@ -130,13 +127,13 @@ impl Server {
 
     /// The counters of an open device.
     pub(crate) fn stats(&self, boot: BootId) -> Option<crate::store::Stats> {
-        self.inner.borrow().devices.get(&boot).map(|d| d.device.stats())
+        self.inner.borrow().devices.get(&boot).map(|d| d.device.borrow().stats())
     }
 
     /// Tells an open device that what lies below has grown.
     pub(crate) fn grow(&self, boot: BootId) {
         if let Some(open) = self.inner.borrow().devices.get(&boot) {
-            open.device.grow();
+            open.device.borrow_mut().grow();
         }
     }
 
@@ -171,21 +168,20 @@ impl Server {
         !leader || !self.inner.borrow().machine.copies().iter().any(CopyStanding::could_be_left_out)
     }
 
-    /// A device was opened. The first one gives the server its id.
-    pub(crate) fn device_opened(self: &Rc<Self>, device: Device, opened: Opened) {
+    /// A device was opened: it serves on this thread from now on. The first one gives the server its id.
+    pub(crate) fn device_opened(self: &Rc<Self>, recovered: Recovered, opened: Opened) -> Result<(), DeviceError> {
+        let device = recovered.start(self.inbox.sink(opened.boot))?;
+        let ready = device.ready()?;
         let mut inner = self.inner.borrow_mut();
         if inner.config.server.is_none() {
             inner.take_id(opened.server);
         }
-        let boot = opened.boot;
-        if inner.stillborn.remove(&boot) {
-            inner.closed.push((boot, device));
-            self.attention.notify_one();
-            return;
-        }
-        inner.devices.insert(boot, OpenDevice { device, batch: VecDeque::new() });
+        let device = Rc::new(RefCell::new(device));
+        tokio::task::spawn_local(attend(self.clone(), device.clone(), ready));
+        inner.devices.insert(opened.boot, OpenDevice { device, batch: VecDeque::new() });
         drop(inner);
         self.feed([Input::DeviceOpened(opened)]);
+        Ok(())
     }
 
     /// Closes a device that is no longer wanted; nothing of a copy lies there.
@@ -194,22 +190,21 @@ impl Server {
     }
 
     /// Devices that the machine closed since this was asked last.
-    pub(crate) fn take_closed(&self) -> Vec<(BootId, Device)> {
+    pub(crate) fn take_closed(&self) -> Vec<BootId> {
         std::mem::take(&mut self.inner.borrow_mut().closed)
     }
 
     /// Takes what devices have said.
     pub(crate) fn device_events(self: &Rc<Self>) {
         let events = self.inbox.take();
+        if events.is_empty() {
+            return;
+        }
         let mut inner = self.inner.borrow_mut();
-        for (boot, event) in &events {
-            if let Some(open) = inner.devices.get(boot) {
-                // Its queue has moved: what had no room may have some now.
-                if !open.batch.is_empty() {
-                    inner.busy.push(*boot);
-                }
-            } else if *event == MediumEvent::Failed {
-                inner.stillborn.insert(*boot);
+        for (boot, _) in &events {
+            // Its queue has moved: what had no room may have some now.
+            if inner.devices.get(boot).is_some_and(|open| !open.batch.is_empty()) {
+                inner.busy.push(*boot);
             }
         }
         drop(inner);
@@ -323,7 +318,8 @@ impl Server {
             }
             Output::CloseDevice { boot } => {
                 if let Some(open) = inner.devices.remove(&boot) {
-                    inner.closed.push((boot, open.device));
+                    open.device.borrow_mut().close();
+                    inner.closed.push(boot);
                 }
                 self.attention.notify_one();
             }
@@ -384,6 +380,16 @@ impl Server {
     }
 }
 
+/// Takes what a device's ring has done, until it is over: also one that failed or was closed keeps its memory and its file
+/// until the kernel has ended every transfer.
+async fn attend(server: Rc<Server>, device: Rc<RefCell<Device>>, ready: Ready) {
+    // Without the reactor the process is at its end.
+    while !device.borrow().is_over() && ready.came().await.is_ok() {
+        device.borrow_mut().turn(false);
+        server.device_events();
+    }
+}
+
 impl Inner {
     fn new(config: Config) -> Self {
         Self {
@@ -395,7 +401,6 @@ impl Inner {
             conns: HashMap::new(),
             peers: HashMap::new(),
             devices: HashMap::new(),
-            stillborn: HashSet::new(),
             closed: Vec::new(),
             calls: HashMap::new(),
             leaders: BTreeMap::new(),
@@ -426,7 +431,7 @@ impl Inner {
     fn submit(&mut self) {
         for boot in self.busy.drain(..) {
             if let Some(open) = self.devices.get_mut(&boot) {
-                let left = open.device.submit_all(std::mem::take(&mut open.batch).into());
+                let left = open.device.borrow_mut().submit_all(std::mem::take(&mut open.batch).into());
                 open.batch = left.into();
             }
         }

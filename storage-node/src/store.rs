@@ -2,8 +2,8 @@
 //! [`lamina_protocol::storage_server::medium`].
 //!
 //! ```text
-//! Device (device.rs)     handle: queue of operations in, events out
-//!   Ring (ring.rs)       one thread with one io_uring; moves bytes, decides nothing
+//! Device (device.rs)     on the server's thread: operations in, events out
+//!   Ring (ring.rs)       one io_uring; moves bytes, decides nothing
 //!     Core (core.rs)     decides everything, does no I/O itself: operations in, I/Os out; so the power-cut test drives it
 //! recovery.rs            reads superblock, anchor, catalog, page table; replays the journal
 //! ```
@@ -41,11 +41,12 @@ pub(crate) mod table;
 mod tests;
 
 pub use aligned::{ALIGN, AlignedBuf};
-pub use device::{Device, Identity, OpenOptions, QueueFull, Stats, open};
+pub use device::{Device, Identity, OpenOptions, Recovered, Sink, Stats, open};
 pub use format::{FormatOptions, format, grow_file};
 pub use geometry::MIN_DEVICE_BYTES;
 pub use inspect::{Inspected, InspectedPage, inspect};
 pub use probe::{Foreign, Found, probe};
+pub use ring::Ready;
 
 use lamina_protocol::ids::{ClusterId, ServerId};
 use std::io;

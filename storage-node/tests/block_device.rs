@@ -43,7 +43,7 @@ impl Drop for Loop {
 
 fn open_device(path: &Path, atomic4k: Option<bool>) -> Result<Device, DeviceError> {
     let options = OpenOptions { identity: IDENTITY, boot: BootId(9), atomic4k };
-    open(path, &options, Box::new(|_| {})).map(|(device, _)| device)
+    open(path, &options)?.0.start(Box::new(|_| {}))
 }
 
 fn formatted(path: &Path) {

@@ -2,9 +2,9 @@
 
 use super::DeviceState;
 use crate::args::DeviceSpec;
-use crate::store::{self, Device, DeviceError, FormatOptions, Found, Identity, OpenOptions};
+use crate::store::{self, DeviceError, FormatOptions, Found, Identity, OpenOptions, Recovered};
 use lamina_protocol::ids::{ClusterId, DeviceId, ServerId};
-use lamina_protocol::storage_server::medium::{MediumEvent, Opened};
+use lamina_protocol::storage_server::medium::Opened;
 use std::io::ErrorKind;
 use std::path::PathBuf;
 
@@ -58,13 +58,10 @@ pub(super) fn find_identity(paths: &[PathBuf], cluster: ClusterId) -> Result<Ser
 }
 
 /// Formats what is blank and opens it.
-pub(super) fn open(
-    spec: &DeviceSpec,
-    options: &OpenOptions,
-    sink: Box<dyn FnMut(MediumEvent) + Send>,
-) -> Result<(Device, Opened), Failure> {
+pub(super) fn open(spec: &DeviceSpec, options: &OpenOptions) -> Result<(Box<Recovered>, Opened), Failure> {
     prepare(spec, options.identity)?;
-    Ok(store::open(&spec.path, options, sink)?)
+    let (recovered, opened) = store::open(&spec.path, options)?;
+    Ok((Box::new(recovered), opened))
 }
 
 fn prepare(spec: &DeviceSpec, identity: Identity) -> Result<(), DeviceError> {

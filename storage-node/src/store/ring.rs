@@ -1,8 +1,8 @@
 //! One io_uring for one device: moves the core's bytes, decides nothing.
 //!
 //! Invariant: a buffer that the kernel may touch is kept in `under_way` until its completion was seen; the ring is
-//! drained before anything of it is dropped, also when the core panicked. It sleeps in the kernel when there is nothing
-//! to do; an eventfd wakes it. A write with its sync is a chain of two entries under one id: the kernel begins the sync
+//! drained before anything of it is dropped, also when the core panicked. An eventfd tells whoever drives it that
+//! something has ended. A write with its sync is a chain of two entries under one id: the kernel begins the sync
 //! when the write has succeeded in full, and cancels it else; the chain ends once.
 
 use crate::store::aligned::{AlignedBuf, Payload};
@@ -12,11 +12,11 @@ use rustix::event::EventfdFlags;
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::Arc;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 /// Transfers the kernel has at once; the rest waits in the backlog, which the core's bounds keep short.
 const ENTRIES: u32 = 256;
-const WAKE: u64 = 0;
 /// Marks the first of two chained entries; the second bears the bare id.
 const HEAD: u64 = 1 << 63;
 
@@ -32,9 +32,7 @@ enum Held {
 pub(crate) struct Ring {
     ring: IoUring,
     disk: OwnedFd,
-    wake: Arc<OwnedFd>,
-    wake_count: Box<[u8; 8]>,
-    wake_armed: bool,
+    ready: OwnedFd,
     /// A chain is in the queue of submissions.
     chain_queued: bool,
     /// The kernel says nothing of a chain's head that succeeds.
@@ -43,39 +41,39 @@ pub(crate) struct Ring {
     under_way: HashMap<u64, Held>,
 }
 
-/// Wakes a ring from another thread.
-#[derive(Clone)]
-pub(crate) struct Waker(Arc<OwnedFd>);
+/// Tells when a device has something to do.
+pub struct Ready(AsyncFd<OwnedFd>);
 
-impl Waker {
-    pub(crate) fn wake(&self) {
-        // It can only fail when the counter would overflow, and then the ring is awake anyway.
-        let _ = rustix::io::write(&*self.0, &1u64.to_ne_bytes());
+impl Ready {
+    /// Waits until something has ended since the last time.
+    ///
+    /// # Errors
+    /// The reactor has ended.
+    pub async fn came(&self) -> io::Result<()> {
+        // Each end is an edge of its own, so the eventfd is never read.
+        self.0.readable().await.map(|mut edge| edge.clear_ready())
     }
 }
 
 fn build() -> io::Result<IoUring> {
-    let tuned = IoUring::builder().setup_single_issuer().setup_defer_taskrun().build(ENTRIES);
+    let mut tuned = IoUring::builder();
+    // The flag says that something has ended and is to be taken with a call: without it there is nothing to call for.
+    let tuned = tuned.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag().build(ENTRIES);
     // Kernels before 6.1 do not know these.
     tuned.or_else(|_| IoUring::new(ENTRIES))
 }
 
-/// The eventfd that wakes a ring: made before the ring's thread is.
-pub(crate) fn waker() -> io::Result<Waker> {
-    Ok(Waker(Arc::new(rustix::event::eventfd(0, EventfdFlags::CLOEXEC)?)))
-}
-
 impl Ring {
     /// On the thread that will use it.
-    pub(crate) fn new(disk: OwnedFd, waker: &Waker) -> io::Result<Self> {
+    pub(crate) fn new(disk: OwnedFd) -> io::Result<Self> {
         let ring = build()?;
+        let ready = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        ring.submitter().register_eventfd(ready.as_raw_fd())?;
         Ok(Self {
             silent_heads: ring.params().is_feature_skip_cqe_on_success(),
             ring,
             disk,
-            wake: waker.0.clone(),
-            wake_count: Box::new([0; 8]),
-            wake_armed: false,
+            ready,
             chain_queued: false,
             backlog: VecDeque::new(),
             under_way: HashMap::new(),
@@ -94,11 +92,35 @@ impl Ring {
         self.backlog.is_empty() && self.under_way.is_empty()
     }
 
-    /// Hands transfers to the kernel, and waits for one to end, or for the waker, if `wait` is set.
+    /// Tells when something has ended, to a task of this thread's reactor.
+    pub(crate) fn ready(&self) -> io::Result<Ready> {
+        let fd = self.ready.try_clone()?;
+        // SAFETY: the descriptor is open, and owned by what is made of it alone, which gives it to nobody.
+        let registered = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) };
+        Ok(Ready(registered.map_err(io::Error::from)?))
+    }
+
+    /// Lets whoever waits for [`Ready`] come.
+    pub(crate) fn nudge(&self) {
+        // It can only fail when the counter would overflow, which takes longer than any process lives.
+        let _ = rustix::io::write(&self.ready, &1u64.to_ne_bytes());
+    }
+
+    /// What the kernel has not got yet is never handed to it.
+    pub(crate) fn give_up(&mut self) {
+        self.backlog.clear();
+    }
+
+    /// Hands transfers to the kernel and takes what has ended; waits for one to end if `wait` is set and there is one.
+    /// Where there is nothing to do the kernel is not called.
     pub(crate) fn turn(&mut self, wait: bool) -> io::Result<Vec<(u64, IoResult)>> {
         self.fill();
-        if !self.wake_armed {
-            self.arm_waker();
+        let wait = wait && !self.under_way.is_empty();
+        let queue = self.ring.submission();
+        let nothing = queue.is_empty() && !queue.taskrun() && !queue.cq_overflow();
+        drop(queue);
+        if nothing && !wait {
+            return Ok(self.reap());
         }
         match self.ring.submit_and_wait(usize::from(wait)) {
             Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ResourceBusy) => {}
@@ -114,9 +136,9 @@ impl Ring {
         if std::mem::take(&mut self.chain_queued) && !all_taken { Err(io::ErrorKind::OutOfMemory.into()) } else { Ok(()) }
     }
 
-    /// Room is left for the waker and the second entries of chains, of which the core has two at a time.
+    /// Room is left for the second entries of chains, of which the core has two at a time.
     fn fill(&mut self) {
-        while self.under_way.len() + 3 < ENTRIES as usize
+        while self.under_way.len() + 2 < ENTRIES as usize
             && let Some(io) = self.backlog.pop_front()
         {
             if let IoKind::WriteSync { at, data } = io.kind {
@@ -159,16 +181,9 @@ impl Ring {
         }
     }
 
-    fn arm_waker(&mut self) {
-        let fd = types::Fd(self.wake.as_raw_fd());
-        let entry = opcode::Read::new(fd, self.wake_count.as_mut_ptr(), 8).build().user_data(WAKE);
-        self.push(&entry);
-        self.wake_armed = true;
-    }
-
     fn push(&mut self, entry: &squeue::Entry) {
-        // SAFETY: the memory that the entry points to is kept in `under_way` (or is `wake_count`) until its completion
-        // was seen; its address does not change by moving the owner.
+        // SAFETY: the memory that the entry points to is kept in `under_way` until its completion was seen; its address
+        // does not change by moving the owner.
         let pushed = unsafe { self.ring.submission().push(entry) };
         pushed.expect("no more entries than the queue has");
     }
@@ -177,10 +192,6 @@ impl Ring {
         let mut ended = Vec::new();
         for completion in self.ring.completion() {
             let id = completion.user_data();
-            if id == WAKE {
-                self.wake_armed = false;
-                continue;
-            }
             let result = completion.result();
             if id & HEAD != 0 {
                 // A silent head speaks up only when it failed, and then its sync ends without a word. Of others the
@@ -198,16 +209,9 @@ impl Ring {
     }
 
     /// Waits for all transfers under way; nothing new is handed to the kernel.
-    pub(crate) fn drain(&mut self) {
-        self.backlog.clear();
+    fn drain(&mut self) {
+        self.give_up();
         while !self.under_way.is_empty() {
-            match self.ring.submit_and_wait(1) {
-                Err(e) if e.kind() != io::ErrorKind::Interrupted => std::process::abort(),
-                _ => drop(self.reap()),
-            }
-        }
-        while self.wake_armed {
-            Waker(self.wake.clone()).wake();
             match self.ring.submit_and_wait(1) {
                 Err(e) if e.kind() != io::ErrorKind::Interrupted => std::process::abort(),
                 _ => drop(self.reap()),
@@ -254,8 +258,7 @@ mod tests {
 
     /// One write of two blocks with its sync: how it ends, with nothing left under way.
     fn chain(disk: OwnedFd) -> IoResult {
-        let waker = waker().unwrap();
-        let mut ring = Ring::new(disk, &waker).unwrap();
+        let mut ring = Ring::new(disk).unwrap();
         let data = Payload::Own(AlignedBuf::copy_of(&[7; 8192], 8192));
         ring.add(vec![Io { id: 5, kind: IoKind::WriteSync { at: 0, data } }]);
         let mut ended = Vec::new();

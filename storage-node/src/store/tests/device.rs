@@ -7,7 +7,7 @@ use lamina_protocol::layer::{BlockState, PageKey};
 use lamina_protocol::storage_server::medium::*;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 const ME: Identity = Identity { cluster: ClusterId(1), server: ServerId(2) };
@@ -52,12 +52,21 @@ impl Opening {
     fn of(path: &Path, atomic4k: bool, boot: u128) -> Self {
         let (sender, events) = channel();
         let sink = Box::new(move |event| drop(sender.send(event)));
-        let (device, opened) = open(path, &open_options(atomic4k, boot), sink).unwrap();
+        let (recovered, opened) = open(path, &open_options(atomic4k, boot)).unwrap();
+        let device = recovered.start(sink).unwrap();
         Self { device, opened, events, next: 0 }
     }
 
-    fn answer(&self) -> (OpId, MediumAnswer) {
-        match self.events.recv_timeout(Duration::from_secs(20)).expect("an answer") {
+    fn answer(&mut self) -> (OpId, MediumAnswer) {
+        let begun = Instant::now();
+        let event = loop {
+            match self.events.try_recv() {
+                Ok(event) => break event,
+                Err(_) => self.device.turn(true),
+            }
+            assert!(begun.elapsed() < Duration::from_secs(20), "an answer");
+        };
+        match event {
             MediumEvent::Answered { op, answer, .. } => (op, answer),
             MediumEvent::Grown { .. } => self.answer(),
             MediumEvent::Failed => panic!("the device failed"),
@@ -66,7 +75,7 @@ impl Opening {
 
     fn act(&mut self, what: MediumOp) -> MediumAnswer {
         self.next += 1;
-        self.device.submit(self.next, what).unwrap();
+        assert!(self.device.submit_all(vec![(self.next, what)]).is_empty());
         let (op, answer) = self.answer();
         assert_eq!(op, self.next);
         answer
@@ -145,7 +154,7 @@ fn blank_device_answers_no_copy_never_zeroes() {
     drop(blank);
     let zeroes = path.with_file_name("zeroes");
     std::fs::File::create(&zeroes).unwrap().set_len(MIN_DEVICE_BYTES).unwrap();
-    let refused = open(&zeroes, &open_options(false, 2), Box::new(|_| ()));
+    let refused = open(&zeroes, &open_options(false, 2));
     assert!(matches!(refused, Err(DeviceError::NotFormatted)));
 }
 
@@ -154,7 +163,7 @@ fn a_device_that_is_not_ours_is_refused_by_name() {
     let (_dir, path) = new_file();
     let other = |cluster, server| {
         let identity = Identity { cluster: ClusterId(cluster), server: ServerId(server) };
-        open(&path, &OpenOptions { identity, ..open_options(false, 1) }, Box::new(|_| ())).err().unwrap()
+        open(&path, &OpenOptions { identity, ..open_options(false, 1) }).err().unwrap()
     };
     assert!(matches!(other(9, 2), DeviceError::WrongCluster { found: ClusterId(1) }));
     assert!(matches!(other(1, 9), DeviceError::WrongServer { found: ServerId(2) }));
