@@ -15,6 +15,8 @@ mod restored;
 mod servers;
 #[path = "whole/shown.rs"]
 mod shown;
+#[path = "whole/went_back.rs"]
+mod went_back;
 
 use std::time::Duration;
 

@@ -11,11 +11,10 @@ use crate::serve::{Listed, ServeError};
 use futures::TryStreamExt;
 use k8s_openapi::api::core::v1::Node;
 use kube::api::{Patch, PatchParams, PostParams};
-use kube::runtime::{WatchStreamExt, watcher};
+use kube::runtime::watcher;
 use kube::{Api, Client, ResourceExt};
 use lamina_crds::{StorageServer, StorageServerSpec};
 use lamina_protocol::ids::{ClusterId, ServerId};
-use std::pin::pin;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 
@@ -62,7 +61,8 @@ pub(crate) async fn start(
 async fn follow(made: Made, cluster: ClusterId, listed: mpsc::Sender<Listed>, there: watch::Sender<Option<i64>>) {
     made.create().await;
     let config = watcher::Config::default().fields(&format!("metadata.name={}", made.node));
-    let mut events = pin!(watcher(made.objects.clone(), config).default_backoff());
+    let from_a_list = || Box::pin(watcher(made.objects.clone(), config.clone()));
+    let mut events = from_a_list();
     let mut last = None;
     loop {
         let object = match events.try_next().await {
@@ -76,6 +76,10 @@ async fn follow(made: Made, cluster: ClusterId, listed: mpsc::Sender<Listed>, th
             Ok(None) => return,
             Err(why) => {
                 tracing::warn!("cannot watch the StorageServer object: {why}");
+                // sleep: back-off after the API server refused.
+                tokio::time::sleep(PAUSE).await;
+                // It may come back with an older state (R6), whose changes a watch from a later version would not tell.
+                events = from_a_list();
                 continue;
             }
         };

@@ -53,6 +53,16 @@ pub struct Held {
     pub number: u64,
 }
 
+/// How a renewal ended.
+enum Renewal {
+    /// It is this replica's, or still is: a renewal that lost a race is repeated.
+    Holds,
+    /// It is somebody else's.
+    Lost,
+    /// It is as it was before a renewal that stood: an old copy was put back.
+    WentBack { found: u64 },
+}
+
 fn number_of(lease: &Lease) -> u64 {
     let annotations = lease.metadata.annotations.as_ref();
     annotations.and_then(|a| a.get(LEASE_NUMBER)?.parse().ok()).unwrap_or(0)
@@ -160,7 +170,8 @@ impl Candidate {
 }
 
 impl Held {
-    /// Renews until that fails for too long or somebody else holds it. Says each number, and goes above what `raise` asks.
+    /// Renews until that fails for too long, somebody else holds it, or it has gone back: then the next term begins with a
+    /// list of everything, and with what servers heard (R6). Says each number, and goes above what `raise` asks.
     pub async fn keep(mut self, changes: mpsc::Sender<Change>, mut raise: watch::Receiver<u64>) {
         loop {
             tokio::select! {
@@ -170,12 +181,16 @@ impl Held {
             }
             let above = *raise.borrow_and_update();
             match tokio::time::timeout(PATIENCE, self.renew(above)).await {
-                Ok(Ok(true)) => {
+                Ok(Ok(Renewal::Holds)) => {
                     // A full queue loses nothing: the next renewal says a higher number.
                     let _ = changes.try_send(Change::LeaseNumber(self.number));
                 }
-                Ok(Ok(false)) => {
+                Ok(Ok(Renewal::Lost)) => {
                     tracing::warn!("another replica holds the Lease");
+                    return;
+                }
+                Ok(Ok(Renewal::WentBack { found })) => {
+                    tracing::warn!(found, wrote = self.number, "the Lease went back: the API server was restored");
                     return;
                 }
                 Ok(Err(why)) => tracing::warn!(%why, "the Lease could not be renewed"),
@@ -187,8 +202,7 @@ impl Held {
         }
     }
 
-    /// `false` = it is somebody else's.
-    async fn renew(&mut self, above: u64) -> Result<bool, kube::Error> {
+    async fn renew(&mut self, above: u64) -> Result<Renewal, kube::Error> {
         let began = Instant::now();
         let number = self.number.max(above).max(number_of(&self.lease)) + 1;
         let mut lease = self.lease.clone();
@@ -197,16 +211,24 @@ impl Held {
         match self.api.replace(LEASE, &PostParams::default(), &lease).await {
             Ok(lease) => {
                 (self.lease, self.number, self.renewed) = (lease, number, began);
-                Ok(true)
+                Ok(Renewal::Holds)
             }
             // Changed by somebody, or the answer to the last renewal was lost.
             Err(kube::Error::Api(status)) if status.code == 409 => {
                 let found = self.api.get(LEASE).await?;
-                let ours = holder(&found) == Some(&self.identity);
+                if holder(&found) != Some(&self.identity) {
+                    return Ok(Renewal::Lost);
+                }
+                if number_of(&found) < self.number {
+                    return Ok(Renewal::WentBack { found: number_of(&found) });
+                }
                 self.lease = found;
-                Ok(ours)
+                Ok(Renewal::Holds)
             }
             Err(why) => Err(why),
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

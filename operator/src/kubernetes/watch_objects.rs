@@ -1,17 +1,17 @@
 //! Objects as they change, told to the leader; Volumes that lack something are prepared first.
 //!
-//! Invariant: `Listed` is said once, after every kind was listed whole; after a broken watch what is no longer there is
-//! told as gone. A Volume is told when it has its id, so preparing one never holds up others.
+//! Invariant: `Listed` is said once, after every kind was listed whole; after a broken watch everything is listed and told
+//! anew, though it be older (R6), and what is no longer there is told as gone. A Volume is told when it has its id, so
+//! preparing one never holds up others.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use futures::stream::{BoxStream, StreamExt, select_all};
+use futures::stream::{self, BoxStream, StreamExt, select_all};
 use k8s_openapi::api::core::v1::Node;
-use kube::runtime::watcher::{self, Event};
-use kube::runtime::{WatchStreamExt, watcher as watch};
+use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Api, Client, Resource, ResourceExt};
 use lamina_crds::{ReplicationPolicy, StorageServer, Volume};
 use serde::de::DeserializeOwned;
@@ -24,7 +24,7 @@ use crate::store::{Change, StoreError};
 
 /// Label of a Node with its zone.
 const ZONE: &str = "topology.kubernetes.io/zone";
-/// Between two tries to prepare a Volume, at first and at most.
+/// Between two tries to prepare a Volume, or to watch, at first and at most.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
 
 /// An object of any kind that is watched.
@@ -105,20 +105,56 @@ fn words<K>(kind: Kind, api: Api<K>, seen: fn(K) -> Seen) -> BoxStream<'static, 
 where
     K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
 {
-    let events = watch(api, watcher::Config::default()).default_backoff();
-    let word = move |event: Result<Event<K>, watcher::Error>| async move {
-        match event {
-            Ok(Event::Init) => Some(Word::Began(kind)),
-            Ok(Event::InitApply(object) | Event::Apply(object)) => Some(Word::There(seen(object))),
-            Ok(Event::InitDone) => Some(Word::Listed(kind)),
-            Ok(Event::Delete(object)) => Some(Word::Gone(kind, object.name_any())),
-            Err(why) => {
-                tracing::warn!(%why, kind = std::any::type_name::<K>(), "the watch broke and is made again");
-                None
-            }
+    let began = Relisting { events: from_a_list(api.clone()), api, pause: PAUSES.0 };
+    let events = stream::unfold(began, |mut watch| async move { Some((watch.next().await, watch)) });
+    let word = move |event: Option<Event<K>>| async move {
+        match event? {
+            Event::Init => Some(Word::Began(kind)),
+            Event::InitApply(object) | Event::Apply(object) => Some(Word::There(seen(object))),
+            Event::InitDone => Some(Word::Listed(kind)),
+            Event::Delete(object) => Some(Word::Gone(kind, object.name_any())),
         }
     };
     events.filter_map(word).boxed()
+}
+
+/// A watch that lists anew when the API server went away, for it may come back with an older state (R6): a watch that goes
+/// on from a version that does not exist yet would be told nothing before the versions catch up.
+struct Relisting<K> {
+    api: Api<K>,
+    events: BoxStream<'static, Result<Event<K>, watcher::Error>>,
+    pause: Duration,
+}
+
+impl<K: Resource + Clone + DeserializeOwned + Debug + Send + 'static> Relisting<K> {
+    /// `None` = it broke, and begins anew.
+    async fn next(&mut self) -> Option<Event<K>> {
+        match self.events.next().await {
+            Some(Ok(event)) => {
+                if matches!(event, Event::InitDone) {
+                    self.pause = PAUSES.0;
+                }
+                return Some(event);
+            }
+            Some(Err(why)) => {
+                tracing::warn!(%why, kind = std::any::type_name::<K>(), "the watch broke: all is listed anew");
+            }
+            None => {}
+        }
+        // sleep: back-off after the API server refused; it says nothing when it would not.
+        tokio::time::sleep(self.pause).await;
+        self.pause = (self.pause * 2).min(PAUSES.1);
+        self.events = from_a_list(self.api.clone());
+        None
+    }
+}
+
+/// A watch that begins with a list.
+fn from_a_list<K>(api: Api<K>) -> BoxStream<'static, Result<Event<K>, watcher::Error>>
+where
+    K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
+{
+    watcher(api, watcher::Config::default()).boxed()
 }
 
 impl Watch {
@@ -235,3 +271,6 @@ fn is_conflict(why: &StoreError) -> bool {
     let StoreError::Api(why) = why else { return false };
     matches!(&**why, kube::Error::Api(status) if matches!(status.code, 409 | 422))
 }
+
+#[cfg(test)]
+mod tests;

@@ -27,7 +27,7 @@ pub(crate) struct Cluster {
     pub(crate) client: Client,
     id: ClusterId,
     servers: Servers,
-    _api: TestApiServer,
+    pub(crate) api: TestApiServer,
 }
 
 pub(crate) struct Replicas {
@@ -49,7 +49,7 @@ impl Cluster {
         Api::<Namespace>::all(client.clone()).create(&PostParams::default(), &namespace).await.unwrap();
         let id = kubernetes::cluster_id(&client, NAMESPACE).await.unwrap();
         assert_eq!(kubernetes::cluster_id(&client, NAMESPACE).await.unwrap(), id, "minted once");
-        let cluster = Self { servers: Servers::start(id, servers).await, client, id, _api: api };
+        let cluster = Self { servers: Servers::start(id, servers).await, client, id, api };
         cluster.make_objects().await;
         Some(cluster)
     }

@@ -154,8 +154,10 @@ impl Volume {
                      a person says which map to adopt (`adopt`, by default {})",
                     asked.highest, asked.highest
                 );
-                self.doubt = Doubt::Diverged(asked);
+                self.doubt = Doubt::Diverged(asked.clone());
                 self.tell(world, EventReason::Diverged, text);
+                // A person may have said so before: nobody wakes this volume when all have answered.
+                self.adopt(world, &asked);
                 false
             }
             Doubt::Asking(_) if self.unanswered(world).is_empty() => {
@@ -235,10 +237,14 @@ impl Volume {
         }
     }
 
-    /// The object was read anew: does it still lag behind what a server stores?
-    pub(super) fn compare_heard(&mut self) {
+    /// The object was read anew: does it still lag behind what a server stores, has it gone back, and does a decision to
+    /// adopt a map stand in it?
+    pub(super) fn doubt_what_was_read(&mut self, went_back: bool) {
         let heard = std::mem::take(&mut self.heard);
-        if heard > self.tolerated() {
+        let adopted = std::mem::take(&mut self.adopted);
+        let tolerated = self.tolerated();
+        let doubtful = heard > tolerated || adopted > tolerated || went_back;
+        if doubtful && !matches!(self.doubt, Doubt::Diverged(_)) {
             self.doubt = Doubt::Asking(Asked { highest: heard, ..Asked::default() });
         }
         if let Doubt::Asking(asked) = &mut self.doubt {

@@ -7,5 +7,6 @@ mod force;
 mod leaders;
 mod loss;
 mod plans;
+mod restored;
 mod shape;
 mod walk;

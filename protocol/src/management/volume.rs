@@ -117,6 +117,8 @@ pub(super) struct Volume {
     pub(super) reading: bool,
     /// The last that a watch brought since then: it may be later than what is read.
     watched_meanwhile: Option<VolumeObject>,
+    /// A watch brought a state older than the one known: it was late, or the API server has gone back (R6).
+    to_read: bool,
     pub(super) change: Option<Change>,
     pub(super) write: Option<Write>,
     pub(super) release: Option<CallId>,
@@ -172,6 +174,7 @@ impl Volume {
             object,
             reading: false,
             watched_meanwhile: None,
+            to_read: false,
             change: None,
             write: None,
             release: None,
@@ -222,31 +225,43 @@ impl Volume {
     /// The object is new or changed. What a watch brings may be older than what this leader wrote itself, and older than
     /// what it has read: wishes never go back, or a session that is out would be admitted a second time.
     pub(super) fn take(&mut self, now: Millis, object: VolumeObject, source: Source) {
-        if source == Source::Watched && object.version < self.object.version {
+        match source {
+            Source::Watched => self.take_watched(now, object),
+            Source::Read => self.take_read(now, object),
+        }
+    }
+
+    fn take_watched(&mut self, now: Millis, object: VolumeObject) {
+        if object.version < self.object.version {
+            self.to_read = true;
             return;
         }
-        if source == Source::Watched && self.reading {
+        if self.reading {
             self.watched_meanwhile = Some(object.clone());
         }
-        let object = match self.watched_meanwhile.take_if(|_| source == Source::Read) {
-            Some(watched) if watched.version > object.version => watched,
-            _ => object,
-        };
-        let rank = |status: &Status| (status.highest(), status.generation);
         let older = rank(&object.status) < rank(self.status());
-        if source == Source::Watched && (older || self.reading || self.write.is_some() || self.change.is_some()) {
+        if older || self.reading || self.write.is_some() || self.change.is_some() {
             self.object = VolumeObject { status: std::mem::take(&mut self.object.status), ..object };
             return;
         }
-        let news = source == Source::Read || object.status != *self.status();
+        let news = object.status != *self.status();
         self.object = object;
         if news {
             self.found(now);
         }
-        if source == Source::Read {
-            self.reading = false;
-            self.compare_heard();
-        }
+    }
+
+    /// What is read is believed. Nobody makes an object older but who puts back an old copy of all of them (R6).
+    fn take_read(&mut self, now: Millis, object: VolumeObject) {
+        let object = match self.watched_meanwhile.take() {
+            Some(watched) if watched.version > object.version => watched,
+            _ => object,
+        };
+        let went_back = object.version < self.object.version || rank(&object.status) < rank(self.status());
+        self.object = object;
+        self.found(now);
+        self.reading = false;
+        self.doubt_what_was_read(went_back);
     }
 
     /// Looks at a status that this leader did not write, or reads again.
@@ -283,6 +298,7 @@ impl Volume {
     /// Reads the object anew, past every cache.
     pub(super) fn read(&mut self, world: &mut World<'_>) {
         self.reading = true;
+        self.to_read = false;
         self.watched_meanwhile = None;
         self.change = None;
         self.write = None;
@@ -386,6 +402,9 @@ impl Volume {
         if self.released {
             return;
         }
+        if self.to_read && !self.reading && self.is_at_rest() {
+            self.read(world);
+        }
         if !self.reading && self.write.is_none() && self.release.is_none() && self.is_beyond_doubt(world) {
             if self.map().is_some_and(VolumeMap::settling) {
                 // Sessions are held: the end of the settle is to be heard of soon.
@@ -404,6 +423,11 @@ impl Volume {
         self.show(world);
     }
 
+    /// Nothing of this leader's own is under way.
+    fn is_at_rest(&self) -> bool {
+        self.change.is_none() && self.write.is_none() && self.release.is_none()
+    }
+
     /// Nothing is under way: deletion first, then what was retired, then whatever the plan wants.
     fn take_up(&mut self, world: &mut World<'_>) {
         if self.delete(world) {
@@ -414,4 +438,9 @@ impl Volume {
             self.start_change(world);
         }
     }
+}
+
+/// Which of two statuses is the later one; equal = they may be the same.
+fn rank(status: &Status) -> (Generation, Generation) {
+    (status.highest(), status.generation)
 }

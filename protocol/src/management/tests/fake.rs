@@ -297,6 +297,7 @@ pub(super) struct Fake {
     /// The leader dies when it passes this step for the so-manieth time.
     pub(super) die_at: Option<Step>,
     pub(super) deaths: u32,
+    pub(super) reads: u32,
     /// Runs in place of the next write of this kind.
     pub(super) lose_write: Option<WriteKind>,
     leaders: u128,
@@ -329,6 +330,7 @@ impl Fake {
             views: Vec::new(),
             die_at: None,
             deaths: 0,
+            reads: 0,
             lose_write: None,
             leaders: 1,
             wake: Millis::NEVER,
@@ -429,10 +431,13 @@ impl Fake {
                 self.input(Input::Written { call, outcome: Written::Done });
                 self.input(Input::VolumeGone { volume });
             }
-            Output::Read { volume } => match self.object.clone() {
-                Some(object) => self.input(Input::Volume { object, source: Source::Read }),
-                None => self.input(Input::VolumeGone { volume }),
-            },
+            Output::Read { volume } => {
+                self.reads += 1;
+                match self.object.clone() {
+                    Some(object) => self.input(Input::Volume { object, source: Source::Read }),
+                    None => self.input(Input::VolumeGone { volume }),
+                }
+            }
             Output::RaiseLeaseNumber { above } => {
                 self.lease = above + 1;
                 self.input(Input::LeaseNumber(self.lease));
