@@ -9,4 +9,5 @@ mod loss;
 mod plans;
 mod restored;
 mod shape;
+mod stale;
 mod walk;
