@@ -163,6 +163,49 @@ async fn a_stop_waits_until_the_copies_are_left_out() {
 }
 
 #[tokio::test]
+async fn it_is_ready_only_when_the_leader_has_spoken_to_this_process_and_every_named_copy_is_active_under_its_boot_id() {
+    const ACTIVE: MemberState = MemberState::Active;
+    let dir = tempfile::tempdir().unwrap();
+    let a = Process::start(dir.path(), "a").await;
+    let b = Process::start(dir.path(), "b").await;
+    let word = async |process: &Process| {
+        let (code, answer) = process.get("/readyz").await;
+        (code, answer.lines().last().unwrap_or_default().to_owned())
+    };
+    let silent = (503, "no leader has spoken to this process yet".to_owned());
+    let behind = (503, "1 copies are not Active under their present opening".to_owned());
+    let ready = (200, "ready".to_owned());
+    assert_eq!(word(&a).await, silent);
+    let (mut leader, other) = (Leader::connect(&a).await, Leader::connect(&b).await);
+    let boot = leader.first_device().await.boot;
+    assert_eq!(word(&a).await, ready, "no map names anything of it");
+    leader.put_copy(COPIES[0], false).await;
+    let another = BootId(77);
+    let of_b = (&b, COPIES[1], other.server, BootId(78), ACTIVE);
+    let states = [
+        (ACTIVE, boot, &ready),
+        (MemberState::Failed, boot, &behind),
+        (MemberState::Syncing, boot, &behind),
+        (ACTIVE, another, &behind),
+        (ACTIVE, boot, &ready),
+    ];
+    for (generation, (state, boot, expected)) in (1..).zip(states) {
+        let map = map(generation, &[(&a, COPIES[0], leader.server, boot, state), of_b]);
+        assert_eq!(leader.call(ControlRequest::Serve { map }).await, ControlReply::Done);
+        assert_eq!(word(&a).await, *expected, "{state:?} as {boot}");
+    }
+    a.kill();
+    let a = Process::start(dir.path(), "a").await;
+    assert_eq!(word(&a).await, silent, "not to this process");
+    let mut leader = Leader::connect(&a).await;
+    leader.heartbeat().await;
+    assert_eq!(word(&a).await, behind, "Active, but under another boot id");
+    let map = map(6, &[of_b]);
+    assert_eq!(leader.call(ControlRequest::Serve { map }).await, ControlReply::Done);
+    assert_eq!(word(&a).await, ready, "its copy was given up");
+}
+
+#[tokio::test]
 async fn a_second_signal_during_a_planned_leave_ends_the_process_at_once() {
     let dir = tempfile::tempdir().unwrap();
     for (n, (first, second)) in [(Signal::TERM, Signal::TERM), (Signal::INT, Signal::TERM)].into_iter().enumerate() {

@@ -113,3 +113,39 @@ async fn only_requests_of_the_own_generation_are_served_before_and_after_a_resta
         server = Process::start(dir.path(), "a").await;
     }
 }
+
+/// What was promised holds over a restart: nothing older is served, stored or promised.
+#[tokio::test]
+async fn i2_a_promise_refuses_every_older_request_and_map_after_a_restart_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Process::start(dir.path(), "a").await;
+    let mut leader = Leader::connect(&server).await;
+    let boot = leader.first_device().await.boot;
+    leader.put_copy(COPIES[0], false).await;
+    let map = map_of(5, &server, &leader, boot);
+    assert_eq!(leader.call(ControlRequest::Serve { map }).await, ControlReply::Done);
+    let mut hands = Hands::open(&server, &leader, 5).await;
+    assert_eq!(hands.driver.write(5, 0, vec![1; BLOCK]).await.body, ReplyBody::Done);
+    let promise =
+        |generation| Fence { volume: VOLUME, generation: Generation(generation), flush: true, unsync: vec![] };
+    assert!(matches!(leader.call(ControlRequest::Fence(promise(9))).await, ControlReply::Promised(_)));
+    server.kill();
+
+    let server = Process::start(dir.path(), "a").await;
+    let mut leader = Leader::connect(&server).await;
+    let boot = leader.first_device().await.boot;
+    let mut hands = Hands::open(&server, &leader, 5).await;
+    for hand in HANDS {
+        let refused = ReplyBody::Stale { wait_for: Generation(9) };
+        assert_eq!(hands.ask(hand, 5).await, refused, "{hand} at the stored generation");
+        let behind = ReplyBody::Behind { own: Generation(5) };
+        assert_eq!(hands.ask(hand, 9).await, behind, "{hand} at the promised one, of which there is no map yet");
+    }
+    let refused = ControlReply::Refused { promised: Generation(9), stored: Generation(5) };
+    let map = map_of(8, &server, &leader, boot);
+    assert_eq!(leader.call(ControlRequest::Serve { map }).await, refused, "a map below the promise");
+    assert_eq!(leader.call(ControlRequest::Fence(promise(8))).await, refused, "a promise below the promise");
+    let map = map_of(9, &server, &leader, boot);
+    assert_eq!(leader.call(ControlRequest::Serve { map }).await, ControlReply::Done);
+    assert_eq!(hands.byte(9).await, 1);
+}
