@@ -1,5 +1,5 @@
 //! Everything dies at once under the real driver: all storage servers by SIGKILL, and the operator, of which only its
-//! directory stays. The driver lives, as on a node whose cluster went dark.
+//! directory stays. The driver lives, as on a node whose cluster went dark, or goes with all else.
 //!
 //! Invariant: what it starts ends with it, also when it fails.
 #![allow(clippy::unwrap_used)]
@@ -106,8 +106,8 @@ struct Attached {
 }
 
 impl Attached {
-    async fn open(operator: &Operator) -> (Arc<Self>, VolumeId) {
-        let request = v1::AttachRequest { volume: "v".to_owned(), node: "n".to_owned(), read_only: false };
+    async fn open(operator: &Operator, node: &str) -> (Arc<Self>, VolumeId) {
+        let request = v1::AttachRequest { volume: "v".to_owned(), node: node.to_owned(), read_only: false };
         let session = operator.admin.attach(Request::new(request)).await.unwrap().into_inner();
         let volume: VolumeId = session.volume_id.parse().unwrap();
         let (maps, map_source) = watch::channel(None);
@@ -175,8 +175,12 @@ impl Attached {
 
 /// What the writers did.
 struct Ledger {
+    /// What each block may hold at most: handed in last.
+    begun: Vec<AtomicU8>,
     /// What each block must hold: written last and acknowledged.
     acknowledged: Vec<AtomicU8>,
+    /// What it must hold whatever dies: acknowledged before a flush that was.
+    flushed: Vec<AtomicU8>,
     writes: AtomicU64,
     /// Writers begin nothing while this is false.
     go: watch::Sender<bool>,
@@ -186,9 +190,18 @@ struct Ledger {
 
 impl Ledger {
     fn new() -> Arc<Self> {
-        let acknowledged = (0..WRITERS * BLOCKS).map(|_| AtomicU8::new(0)).collect();
+        let bytes = || (0..WRITERS * BLOCKS).map(|_| AtomicU8::new(0)).collect();
         let (go, idle) = (watch::Sender::new(true), watch::Sender::new(0));
-        Arc::new(Self { acknowledged, writes: AtomicU64::new(0), go, idle })
+        let writes = AtomicU64::new(0);
+        Arc::new(Self { begun: bytes(), acknowledged: bytes(), flushed: bytes(), writes, go, idle })
+    }
+
+    /// A flush of a writer that has nothing else under way was acknowledged.
+    fn flushed_by(&self, writer: u64) {
+        let own = (0..BLOCKS).map(|block| (block * WRITERS + writer) as usize);
+        own.for_each(|block| {
+            self.flushed[block].store(self.acknowledged[block].load(Ordering::SeqCst), Ordering::SeqCst)
+        });
     }
 
     async fn may_go_on(&self) {
@@ -205,11 +218,13 @@ async fn write_rounds(attached: Arc<Attached>, ledger: Arc<Ledger>, writer: u64)
         ledger.may_go_on().await;
         let (block, byte) = (nth % BLOCKS * WRITERS + writer, (nth / BLOCKS + 1) as u8);
         let write = BlockOp::Write { address: block * BLOCK as u64, payload: vec![byte; BLOCK].into(), fua: false };
+        ledger.begun[block as usize].store(byte, Ordering::SeqCst);
         assert_eq!(attached.ask(write).await, Ok(Bytes::new()), "a write never ends in an error (H22)");
         ledger.acknowledged[block as usize].store(byte, Ordering::SeqCst);
         ledger.writes.fetch_add(1, Ordering::SeqCst);
         if nth % 48 == 47 {
             assert_eq!(attached.ask(BlockOp::Flush).await, Ok(Bytes::new()));
+            ledger.flushed_by(writer);
         }
     }
 }
@@ -220,6 +235,20 @@ async fn nothing_is_lost(attached: &Attached, ledger: &Ledger) {
         let byte = byte.load(Ordering::SeqCst);
         assert!(read.iter().all(|found| *found == byte), "block {block}: {} instead of {byte}", read[0]);
     }
+}
+
+async fn nothing_flushed_is_lost(attached: &Attached, ledger: &Ledger) {
+    let mut unflushed = 0;
+    for block in 0..ledger.flushed.len() {
+        let read = BlockOp::Read { address: (block * BLOCK) as u64, length: BLOCK as u32 };
+        let read = attached.ask(read).await.unwrap();
+        let of = |bytes: &[AtomicU8]| bytes[block].load(Ordering::SeqCst);
+        let (flushed, begun) = (of(&ledger.flushed), of(&ledger.begun));
+        assert!(read.iter().all(|byte| *byte == read[0]), "block {block} is torn");
+        assert!((flushed..=begun).contains(&read[0]), "block {block}: {} and not {flushed} to {begun}", read[0]);
+        unflushed += u32::from(flushed < begun);
+    }
+    assert!(unflushed > 0, "it died in the middle of something");
 }
 
 /// Restarts what was killed and waits until the volume is whole again: the loss is told and settled.
@@ -254,7 +283,7 @@ async fn a_cluster_wide_kill_9_during_writes_comes_back_with_every_acknowledged_
     let servers = [Process::start(dir.path(), "a").await, Process::start(dir.path(), "b").await];
     let operator = Operator::start(objects.path()).await;
     operator.create_all(&servers).await;
-    let (attached, volume) = Attached::open(&operator).await;
+    let (attached, volume) = Attached::open(&operator, "n").await;
     attached.follow(operator.front.clone(), volume);
     assert!(timeout(PATIENCE, attached.driver.served()).await.unwrap().serving);
     let ledger = Ledger::new();
@@ -292,4 +321,46 @@ async fn a_cluster_wide_kill_9_during_writes_comes_back_with_every_acknowledged_
         let expected = if block < (WRITERS * BLOCKS) as usize { ROUNDS } else { 0 };
         assert!(content.iter().all(|byte| *byte == expected), "block {block}: {}", content[0]);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cluster_wide_kill_9_with_every_driver_comes_back_with_every_flushed_write_and_equal_copies() {
+    let (dir, objects) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let mut servers = [Process::start(dir.path(), "a").await, Process::start(dir.path(), "b").await];
+    let operator = Operator::start(objects.path()).await;
+    operator.create_all(&servers).await;
+    let (attached, volume) = Attached::open(&operator, "n").await;
+    attached.follow(operator.front.clone(), volume);
+    assert!(timeout(PATIENCE, attached.driver.served()).await.unwrap().serving);
+    let ledger = Ledger::new();
+    let writing: Vec<_> =
+        (0..WRITERS).map(|writer| tokio::spawn(write_rounds(attached.clone(), ledger.clone(), writer))).collect();
+    while ledger.writes.load(Ordering::SeqCst) < 1500 {
+        // sleep: until enough is written.
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    servers.iter().for_each(|server| server.signal(Signal::KILL));
+    drop(operator);
+    for task in writing {
+        task.abort();
+        assert!(task.await.is_err_and(|end| end.is_cancelled()), "no writer saw an error");
+    }
+    drop(attached);
+
+    servers.iter_mut().for_each(Process::end);
+    let servers = servers.map(|server| server.again());
+    let operator = Operator::start(objects.path()).await;
+    let detach = v1::DetachRequest { volume: "v".to_owned(), node: "n".to_owned() };
+    timeout(PATIENCE, operator.admin.detach(Request::new(detach))).await.expect("its session ends").unwrap();
+    let (attached, volume) = Attached::open(&operator, "m").await;
+    attached.follow(operator.front.clone(), volume);
+    assert!(timeout(PATIENCE, attached.driver.served()).await.unwrap().serving);
+    nothing_flushed_is_lost(&attached, &ledger).await;
+    attached.until(is_whole).await;
+    assert_eq!(attached.ask(BlockOp::Flush).await, Ok(Bytes::new()));
+    drop((operator, attached));
+    let [a, b] = [servers[0].device(), servers[1].device()];
+    servers.into_iter().for_each(Process::kill);
+    let report = process::inspect(&[&a, &b], &dir.path().join("out.img"));
+    assert!(report.contains(": 0 blocks differ"), "{report}");
 }
