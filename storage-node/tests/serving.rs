@@ -163,7 +163,8 @@ async fn a_stop_waits_until_the_copies_are_left_out() {
 }
 
 #[tokio::test]
-async fn it_is_ready_only_when_the_leader_has_spoken_to_this_process_and_every_named_copy_is_active_under_its_boot_id() {
+async fn it_is_ready_only_when_the_leader_has_spoken_to_this_process_and_every_named_copy_is_active_under_its_boot_id()
+{
     const ACTIVE: MemberState = MemberState::Active;
     let dir = tempfile::tempdir().unwrap();
     let a = Process::start(dir.path(), "a").await;

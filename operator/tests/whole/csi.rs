@@ -16,10 +16,21 @@ use super::kubernetes::Cluster;
 
 #[derive(Clone, Copy, Debug)]
 enum Call {
-    Create { size: i64, policy: &'static str, mode: Mode },
+    Create {
+        size: i64,
+        policy: &'static str,
+        mode: Mode,
+    },
     Validate,
-    Publish { node: &'static str, readonly: bool },
-    Expand { size: i64 },
+    Publish {
+        node: &'static str,
+        readonly: bool,
+    },
+    /// Everything that only looks: capabilities, room, the volume, the list.
+    Look,
+    Expand {
+        size: i64,
+    },
     Unpublish,
     Delete,
 }
@@ -28,8 +39,8 @@ const CREATE: Call = Call::Create { size: 16 << 20, policy: "two", mode: Mode::S
 const PUBLISH: Call = Call::Publish { node: "n", readonly: false };
 
 /// In this order each finds what it needs.
-const CALLS: [Call; 6] =
-    [CREATE, Call::Validate, PUBLISH, Call::Expand { size: 32 << 20 }, Call::Unpublish, Call::Delete];
+const CALLS: [Call; 7] =
+    [CREATE, Call::Validate, PUBLISH, Call::Look, Call::Expand { size: 32 << 20 }, Call::Unpublish, Call::Delete];
 
 fn capability(mode: Mode) -> v1::VolumeCapability {
     v1::VolumeCapability {
@@ -79,6 +90,7 @@ async fn make(service: &ControllerService, call: Call, volume_id: &str) -> Resul
             // The generation is that of some map which admits the session; the session is always the same.
             Ok(PublishContext::parse(&answer.publish_context).unwrap().session.to_string())
         }
+        Call::Look => look(service, volume_id).await,
         Call::Expand { size } => {
             let request = v1::ControllerExpandVolumeRequest {
                 volume_id,
@@ -97,6 +109,22 @@ async fn make(service: &ControllerService, call: Call, volume_id: &str) -> Resul
             Ok(format!("{:?}", service.delete_volume(Request::new(request)).await?.into_inner()))
         }
     }
+}
+
+async fn look(service: &ControllerService, volume_id: String) -> Result<String, Status> {
+    let room = v1::GetCapacityRequest {
+        parameters: HashMap::from([("policy".to_owned(), "two".to_owned())]),
+        ..Default::default()
+    };
+    service.get_capacity(Request::new(room)).await?;
+    let can = service.controller_get_capabilities(Request::new(Default::default())).await?.into_inner();
+    let get = v1::ControllerGetVolumeRequest { volume_id: volume_id.clone(), ..Default::default() };
+    let got = service.controller_get_volume(Request::new(get)).await?.into_inner();
+    assert_eq!(got.volume.map(|volume| volume.volume_id), Some(volume_id.clone()));
+    let all = service.list_volumes(Request::new(Default::default())).await?.into_inner().entries;
+    let ids: Vec<_> = all.into_iter().map(|entry| entry.volume.map(|volume| volume.volume_id)).collect();
+    assert_eq!(ids, [Some(volume_id)]);
+    Ok(format!("{can:?} {:?}", got.status.map(|status| status.published_node_ids)))
 }
 
 async fn make_node(cluster: &Cluster) {
@@ -142,7 +170,7 @@ async fn every_controller_call_is_repeated_and_made_twice_at_once_without_effect
         let attached = |sessions: usize| volumes.len() == 1 && volumes[0].spec.attachments.len() == sessions;
         match call {
             Call::Create { .. } | Call::Validate | Call::Unpublish => assert!(attached(0), "{call:?}"),
-            Call::Publish { .. } | Call::Expand { .. } => assert!(attached(1), "{call:?}"),
+            Call::Publish { .. } | Call::Look | Call::Expand { .. } => assert!(attached(1), "{call:?}"),
             Call::Delete => assert!(volumes.is_empty()),
         }
     }

@@ -13,8 +13,16 @@ use tonic::Request;
 
 #[derive(Clone, Copy, Debug)]
 enum Call {
-    Stage { path: &'static str, filesystem: &'static str },
-    Publish { target: &'static str, readonly: bool },
+    Stage {
+        path: &'static str,
+        filesystem: &'static str,
+    },
+    Publish {
+        target: &'static str,
+        readonly: bool,
+    },
+    /// Everything that only looks: capabilities, the node, the volume's use.
+    Look,
     Expand,
     Unpublish,
     Unstage,
@@ -23,7 +31,7 @@ enum Call {
 const STAGE: Call = Call::Stage { path: "/staging", filesystem: "xfs" };
 const PUBLISH: Call = Call::Publish { target: "/pods/a", readonly: false };
 /// In this order each finds what it needs.
-const CALLS: [Call; 5] = [STAGE, PUBLISH, Call::Expand, Call::Unpublish, Call::Unstage];
+const CALLS: [Call; 6] = [STAGE, PUBLISH, Call::Look, Call::Expand, Call::Unpublish, Call::Unstage];
 
 fn capability(filesystem: &str) -> Option<v1::VolumeCapability> {
     let mount = MountVolume { fs_type: filesystem.to_owned(), ..Default::default() };
@@ -59,6 +67,16 @@ async fn make(service: &NodeService, call: Call) -> Result<(), Status> {
             };
             service.node_publish_volume(Request::new(request)).await.map(drop)
         }
+        Call::Look => {
+            let request = v1::NodeGetVolumeStatsRequest {
+                volume_id,
+                volume_path: "/pods/a".into(),
+                staging_target_path: "/staging".into(),
+            };
+            service.node_get_volume_stats(Request::new(request)).await?;
+            service.node_get_capabilities(Request::new(v1::NodeGetCapabilitiesRequest {})).await?;
+            service.node_get_info(Request::new(v1::NodeGetInfoRequest {})).await.map(drop)
+        }
         Call::Expand => {
             let request =
                 v1::NodeExpandVolumeRequest { volume_id, volume_path: "/pods/a".into(), ..Default::default() };
@@ -84,11 +102,13 @@ fn service(world: &World) -> NodeService {
 async fn every_call_made_twice_at_once_and_again_is_done_once() {
     let world = World::new(3, &[1]);
     let service = service(&world);
-    let mounted: [&[&str]; 5] = [&["/staging"], &["/pods/a", "/staging"], &["/pods/a", "/staging"], &["/staging"], &[]];
+    let both: &[&str] = &["/pods/a", "/staging"];
+    let mounted: [&[&str]; 6] = [&["/staging"], both, both, both, &["/staging"], &[]];
     for (call, mounts) in CALLS.into_iter().zip(mounted) {
         let (one, two) = tokio::join!(make(&service, call), make(&service, call));
         let codes = [one, two].map(|result| result.map_or_else(|status| status.code(), |()| Code::Ok));
-        assert_eq!(codes, [Code::Ok, Code::Aborted], "{call:?} at once");
+        let second = if matches!(call, Call::Look) { Code::Ok } else { Code::Aborted };
+        assert_eq!(codes, [Code::Ok, second], "{call:?} at once");
         assert_eq!(world.mounts(), mounts, "{call:?}");
         let done = world.done();
         make(&service, call).await.unwrap();
