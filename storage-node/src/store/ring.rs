@@ -133,7 +133,11 @@ impl Ring {
     /// A kernel that took only some of the entries, for want of memory, may have parted a sync from its write.
     fn refuse_broken_chain(&mut self) -> io::Result<()> {
         let all_taken = self.ring.submission().is_empty();
-        if std::mem::take(&mut self.chain_queued) && !all_taken { Err(io::ErrorKind::OutOfMemory.into()) } else { Ok(()) }
+        if std::mem::take(&mut self.chain_queued) && !all_taken {
+            Err(io::ErrorKind::OutOfMemory.into())
+        } else {
+            Ok(())
+        }
     }
 
     /// Room is left for the second entries of chains, of which the core has two at a time.
