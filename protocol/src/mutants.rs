@@ -74,6 +74,9 @@ mutants! {
     FlushCoversLater, "H5", "a flush covers what was acknowledged after it was sent";
     HandledBeforeFlush, "R2", "a loss is called handled before the rewrites are flushed";
     SharedLossGoesOn, "H5", "sessions of a shared volume outlive a loss";
+    MissedNotSet, "§5.2", "a write does not say which members it does not reach";
+    PendingNotMissed, "H3b", "a new map makes nothing missed that is pending";
+    RestoredEarly, "H11", "missed bits of a member go while it is still being filled";
     DataBeforeMark, "H3", "data is written before the pending mark is durable";
     ConfirmedAcross, "H4", "confirmed clears pending writes of other sessions and incarnations";
     BeforeStartCleared, "H13", "confirmed clears what was pending before the start";
@@ -89,6 +92,7 @@ mutants! {
     BadIsAbsent, "R12", "a block that cannot be read becomes absent";
     FillOverPresent, "§4.3", "a fill overwrites present blocks";
     FillDropsPending, "H9", "a fill drops the source's pending state";
+    FillDropsMissed, "H8", "a fill drops what others miss by its source";
     LateFillApplied, "H6", "a fill goes on over a promise";
     RejoinKeepsBlocks, "H7", "a member that rejoins keeps its blocks";
     FlagBeforeData, "H11c", "unsynced is cleared before the filled data is durable";

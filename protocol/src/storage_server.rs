@@ -11,6 +11,7 @@
 //! | `requests` | from a frame to an execution |
 //! | `page_ops` | executions: order within a page, marks before data, reads, writes, discards |
 //! | `pending` | pending marks and `confirmed` |
+//! | `missed` | what other members lack, and which pages are suspect |
 //! | `reconfigure` | promise, fence, serve, copies |
 //! | `report` | heartbeats, inventory, what a fence reply says |
 //! | `pull`, `fill`, `settle` | pages from peers |
@@ -32,6 +33,7 @@ mod fill;
 mod handles;
 pub mod medium;
 mod mend;
+mod missed;
 mod page_ops;
 mod pending;
 mod pull;
@@ -53,6 +55,7 @@ pub use volume::{VolumeBlob, read_blob};
 
 use handles::{Conn, Handle, OpenId, WaitingOpen};
 use medium::{MediumAnswer, MediumEvent, MediumOp, OpId, Opened, PageRecord};
+use missed::Missed;
 use page_ops::{Exec, ExecId, PageQueue};
 use pull::Pull;
 use volume::Volume;
@@ -123,9 +126,9 @@ enum Due {
 enum Owner {
     /// The record of a page, for everything queued on it.
     Load(VolumeId, PageKey),
-    /// The durable pending mark of a page.
-    Mark(VolumeId, PageKey),
-    /// A pending mark that goes: nobody waits, but a fence does.
+    /// The durable marks of a page: pending, and the ordinals that it is missed by.
+    Mark(VolumeId, PageKey, u16),
+    /// Marks that go: nobody waits, but a fence does.
     Clear(VolumeId),
     /// Part of an execution; the number is the first block that it is about.
     Exec(ExecId, u32),
@@ -258,6 +261,11 @@ impl StorageServer {
                 layer.pending_from_disk(page.page);
             }
         }
+        for (page, mask) in &opened.missed {
+            if let Some(layer) = owner.get(&page.copy).and_then(|v| self.volumes.get_mut(v)?.layer_mut(page)) {
+                layer.missed.insert(page.page, Missed::from_disk(*mask));
+            }
+        }
         for page in &opened.unsynced {
             if let Some(layer) = owner.get(&page.copy).and_then(|v| self.volumes.get_mut(v)?.layer_mut(page)) {
                 layer.unsynced.insert(page.page);
@@ -285,7 +293,7 @@ impl StorageServer {
     fn answered(&mut self, boot: BootId, owner: Owner, answer: MediumAnswer) {
         match owner {
             Owner::Load(volume, page) => self.loaded(boot, volume, page, answer),
-            Owner::Mark(volume, page) => self.marked(boot, volume, page),
+            Owner::Mark(volume, page, missed) => self.marked(boot, volume, page, missed),
             Owner::Clear(volume) | Owner::Bad(volume) => self.finished_one(volume),
             Owner::Exec(exec, block) => self.exec_answered(exec, block, answer),
             Owner::ExecNext(exec) => self.exec_next(exec, answer),

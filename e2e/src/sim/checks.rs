@@ -1,5 +1,5 @@
-//! Oracles of the invariants: I1, I2, I7, I8 and the raising of losses as each message or commit passes, I4 and I6 (as
-//! it stands until sync bits land) at looks over the whole world. They read the fake disks, never a machine's memory.
+//! Oracles of the invariants: I1, I2, I7, I8 and the raising of losses as each message or commit passes, I4 and I6 at
+//! looks over the whole world. They read the fake disks, never a machine's memory.
 
 use super::net::ConnIndex;
 use super::plan::{Ask, Moment};
@@ -301,7 +301,7 @@ impl World {
 
     // ---- at looks ----
 
-    /// I6 and I4 over the disks of members that serve.
+    /// I6 over the disks of all members, I4 over those that serve.
     pub(super) fn look(&mut self) {
         let Some(map) = self.store.map().cloned() else { return };
         if let Some((oracle, what)) = self.look_at(&map, false) {
@@ -325,7 +325,7 @@ impl World {
                         continue;
                     }
                     let place = (layer, page, block);
-                    if let Some(what) = self.differ(&open, place, strictly) {
+                    if let Some(what) = self.differ(&open, place, strictly).or_else(|| self.hide(group, place)) {
                         return Some(("I6", what));
                     }
                     let certain = self.register.certain((address / 4096) as usize).filter(|_| exact);
@@ -342,6 +342,34 @@ impl World {
         self.servers
             .iter()
             .any(|s| s.machine.is_some() && s.disks.iter().any(|d| d.boot() == Some(boot) && d.has_copy(copy)))
+    }
+
+    /// Two copies, of members in whatever state, that differ although neither has the other's bit clear or the page
+    /// unsynced.
+    fn hide(&self, group: &Group, place: (&Layer, u64, u32)) -> Option<String> {
+        let (layer, page, block) = place;
+        let pairs =
+            group.members.iter().enumerate().flat_map(|(n, one)| group.members[n + 1..].iter().map(move |o| (one, o)));
+        for (one, other) in pairs {
+            let (mine, theirs) = (self.on_disk(one, place), self.on_disk(other, place));
+            if mine.1 == theirs.1 || [mine.0, theirs.0].contains(&BlockState::Stale) {
+                continue;
+            }
+            let says = |own: &Member, of: &Member| {
+                let disk = self.servers.iter().flat_map(|s| &s.disks).find(|d| d.has_copy(own.copy));
+                disk.is_none_or(|d| {
+                    d.is_pending(own.copy, layer.id, page)
+                        || d.missed_by(own.copy, layer.id, page) & (1 << of.ordinal) != 0
+                        || d.is_page_unsynced(own.copy, layer.id, page)
+                })
+            };
+            if !says(one, other) && !says(other, one) {
+                return Some(format!(
+                    "block {block} of page {page} differs and neither copy says so: {one:?} has {mine:?}, {other:?} has {theirs:?}"
+                ));
+            }
+        }
+        None
     }
 
     fn on_disk(&self, member: &Member, (layer, page, block): (&Layer, u64, u32)) -> (BlockState, u64, bool) {

@@ -371,6 +371,23 @@ impl Disk {
         self.pages.get(&PageKey { copy, layer, page }).is_some_and(|p| p.pending)
     }
 
+    /// Ordinals that are durably known to miss a write of a page.
+    pub(super) fn missed_by(&self, copy: CopyId, layer: LayerId, page: u64) -> u16 {
+        self.pages.get(&PageKey { copy, layer, page }).map_or(0, |p| p.missed)
+    }
+
+    /// Whether a page is unsynced, by a flag of its own or by the mark of its layer.
+    pub(super) fn is_page_unsynced(&self, copy: CopyId, layer: LayerId, page: u64) -> bool {
+        let layers = self.copies.get(&copy).into_iter().flat_map(|c| &c.layers);
+        let by_mark = layers.filter(|l| l.layer == layer).any(|l| page >= l.cursor);
+        by_mark || self.pages.get(&PageKey { copy, layer, page }).is_some_and(|p| p.unsynced)
+    }
+
+    /// Pages of a copy that these ordinals miss a write of.
+    pub(super) fn missed_pages(&self, copy: CopyId, ordinals: u16) -> Vec<u64> {
+        self.pages.iter().filter(|(k, p)| k.copy == copy && p.missed & ordinals != 0).map(|(k, _)| k.page).collect()
+    }
+
     /// Pages of a copy with the pending mark.
     pub(super) fn pending_pages(&self, copy: CopyId) -> Vec<u64> {
         self.pages.iter().filter(|(k, p)| k.copy == copy && p.pending).map(|(k, _)| k.page).collect()

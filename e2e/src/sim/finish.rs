@@ -136,6 +136,21 @@ impl World {
         }
     }
 
+    /// H11: no missed bit is left among `Active` members.
+    fn left_missed(&self, map: &VolumeMap) -> Option<String> {
+        for (_, _, group) in map.groups() {
+            let active: u16 = group.in_state(MemberState::Active).map(|m| 1 << m.ordinal).sum();
+            for member in group.in_state(MemberState::Active) {
+                let disk = self.servers.iter().flat_map(|s| &s.disks).find(|d| d.has_copy(member.copy));
+                let missed = disk.map(|d| d.missed_pages(member.copy, active)).unwrap_or_default();
+                if !missed.is_empty() {
+                    return Some(format!("{member:?} has pages {missed:?} as missed by members that are Active"));
+                }
+            }
+        }
+        None
+    }
+
     fn last_look(&mut self) {
         let Some(map) = self.store.map().cloned() else { return };
         if let Some((oracle, what)) = self.look_at(&map, true) {
@@ -148,6 +163,9 @@ impl World {
                 return self
                     .fail("pending", format!("after all was quiet pages {pending:?} of {member:?} are pending"));
             }
+        }
+        if let Some(what) = self.left_missed(&map) {
+            return self.fail("missed", format!("after all was quiet {what}"));
         }
         self.counters.count("runs to the end");
     }

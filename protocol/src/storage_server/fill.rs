@@ -58,6 +58,8 @@ pub(super) struct ApplyPage {
     pub(super) payload: Bytes,
     pub(super) writers: Vec<((SessionId, Incarnation), Seq)>,
     pub(super) before_start: bool,
+    /// Ordinals that miss a write that the source has (H8, H9).
+    pub(super) missed: u16,
     /// Nothing was applied: a promise came in between.
     pub(super) dropped: bool,
     /// A block that is stale here is stale at the source, too.
@@ -111,7 +113,7 @@ impl ServePage {
 
 impl ApplyPage {
     pub(super) fn new(mode: Mode, generation: Generation, page: ReplyBody, payload: Bytes) -> Option<Self> {
-        let ReplyBody::Page { blocks, pending, pending_before_start, .. } = page else { return None };
+        let ReplyBody::Page { blocks, pending, pending_before_start, missed, .. } = page else { return None };
         let present = blocks.iter().filter(|(_, state)| *state == BlockState::Present).count();
         let writers = pending.into_iter().map(|(session, (incarnation, seq))| ((session, incarnation), seq)).collect();
         (payload.len() == present * BLOCK_BYTES as usize).then(|| Self {
@@ -123,6 +125,7 @@ impl ApplyPage {
             writers,
             // Every member is to have a mended page on its list, and nothing but the end of a settle clears it there.
             before_start: pending_before_start || mode == Mode::Mend,
+            missed,
             dropped: false,
             leaves_stale: false,
             making: BTreeMap::new(),
@@ -215,8 +218,9 @@ impl StorageServer {
         let record = self.devices[&boot].records[&page].clone();
         let layer = self.known(volume).layer_mut(&page).expect("located");
         let pending = layer.pending.get(&page.page).cloned().unwrap_or_default();
+        let missed = layer.missed.get(&page.page).map_or(0, |missed| missed.mask);
         let Some(Work::Serve(serve)) = self.execs.get_mut(&id).map(|e| &mut e.work) else { return };
-        serve.missed = record.missed;
+        serve.missed = missed;
         serve.before_start = pending.before_start;
         serve.pending = pending.writers.iter().map(|((s, i), seq)| (*s, (*i, *seq))).collect();
         serve.blocks = record.blocks.clone();

@@ -7,7 +7,8 @@
 //! 1. Operations on one page take effect in the order in which they were handed in; the page logic never hands in two
 //!    that overlap in blocks and are under way at once, unless both are reads.
 //! 2. [`MediumOp::Commit`] is durable when it is answered, all its records or none, and all records of earlier commits
-//!    with it. Commits that wait at the same time are made durable together (group commit).
+//!    with it. Commits that wait at the same time are made durable together (group commit). The page logic hands in at most
+//!    [`MAX_COMMIT_RECORDS`] at once.
 //! 3. [`MediumOp::Write`] and [`MediumOp::Shape`] are visible to later operations when they are answered and durable
 //!    when a [`MediumOp::Flush`] that was handed in after that answer is answered.
 //! 4. After a crash every block is as the last answered flush left it, or as any one later write or shape made it: old
@@ -21,6 +22,9 @@ use crate::ids::{BootId, ClusterId, CopyId, DeviceId, LayerId, ServerId, VolumeI
 use crate::layer::{BlockState, BlockStates, PageKey};
 use bytes::Bytes;
 use std::ops::Range;
+
+/// Records of one commit, at most.
+pub const MAX_COMMIT_RECORDS: usize = 4096;
 
 /// Names one operation until it is answered; chosen by the page logic, unique per opening.
 pub type OpId = u64;
@@ -83,7 +87,7 @@ pub enum Record {
         /// Set or cleared.
         set: bool,
     },
-    /// The page's `missed` mask: bit j = member of ordinal j missed a write of this page. Reserved until sync bits land.
+    /// The page's `missed` mask: bit j = the member of ordinal j may lack a write that this copy has (seed 002 \[0040\]).
     Missed {
         /// Which page.
         page: PageKey,
@@ -251,6 +255,8 @@ pub struct Opened {
     pub volumes: Vec<(VolumeId, Bytes)>,
     /// Pages whose pending mark is durable: suspect until settled.
     pub pending: Vec<PageKey>,
+    /// Pages that some member missed a write of, with the mask of their ordinals, never 0.
+    pub missed: Vec<(PageKey, u16)>,
     /// Pages with a flag of their own.
     pub unsynced: Vec<PageKey>,
     /// Highest lease number heard.

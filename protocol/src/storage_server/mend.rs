@@ -9,11 +9,12 @@
 
 use super::StorageServer;
 use super::fill::ServePage;
+use super::missed::group_of;
 use super::volume::{Copy, Volume};
 use crate::control::{SETTLE_ANEW, SettleName};
 use crate::ids::{CopyId, LayerId, ServerId, VolumeId};
 use crate::layer::{BlockState, BlockStates, PageKey};
-use crate::map::{Group, Member, MemberState, VolumeMap};
+use crate::map::{Group, Member, MemberState};
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -51,12 +52,6 @@ impl Mend {
 /// Whether some block of a page has found no good content yet.
 pub(super) fn is_bad_still(copy: &Copy, page: (LayerId, u64)) -> bool {
     copy.mend.as_ref().is_some_and(|mend| mend.pages.contains_key(&page))
-}
-
-/// The group of a copy.
-fn group_of(map: &VolumeMap, copy: CopyId) -> Option<&Group> {
-    let (placement, group, _) = map.place_of(copy)?;
-    Some(&map.placements[placement as usize].groups[group as usize])
 }
 
 /// What the authoritative copy of that settle reports as still to settle: pages to mend, or that it must begin anew.

@@ -8,11 +8,11 @@
 //! is cleared lazily and batched. A page that was pending when the device was opened is suspect and never cleared by
 //! `confirmed`, only by the end of a settle.
 
-use super::medium::{MediumOp, Record};
+use super::medium::{MAX_COMMIT_RECORDS, MediumOp, Record};
 use super::page_ops::{Exec, ExecId, Work};
 use super::volume::CopyLayer;
 use super::{Due, Owner, StorageServer};
-use crate::ids::{BootId, Incarnation, Seq, SessionId, VolumeId};
+use crate::ids::{BootId, CopyId, Incarnation, Seq, SessionId, VolumeId};
 use crate::layer::PageKey;
 use crate::map::VolumeMap;
 use crate::mutants::{Mutant, on};
@@ -61,6 +61,10 @@ impl StorageServer {
                 (vec![((session, handle.incarnation), to.header.seq)], false)
             }
             Work::Apply(apply) if apply.needs_mark() => (apply.writers.clone(), apply.before_start),
+            Work::Apply(_) => {
+                let missed = self.miss_for(id);
+                return self.commit_marks(boot, volume, page, false, missed);
+            }
             _ => return,
         };
         let layer = self.known(volume).layer_mut(&page).expect("located");
@@ -71,12 +75,30 @@ impl StorageServer {
         for (writer, seq) in writers {
             pending.note(writer, seq);
         }
-        if first {
-            self.medium(boot, Owner::Mark(volume, page), MediumOp::Commit(vec![Record::Pending { page, set: true }]));
+        let missed = self.miss_for(id);
+        self.commit_marks(boot, volume, page, first, missed);
+    }
+
+    /// Makes the marks durable that are not yet, or on their way: in one commit.
+    fn commit_marks(
+        &mut self,
+        boot: BootId,
+        volume: VolumeId,
+        page: PageKey,
+        pending: bool,
+        missed: Option<(Record, u16)>,
+    ) {
+        let mask = missed.as_ref().map_or(0, |(_, mask)| *mask);
+        let mark = pending.then_some(Record::Pending { page, set: true });
+        let records: Vec<Record> = mark.into_iter().chain(missed.map(|(record, _)| record)).collect();
+        if !records.is_empty() {
+            self.medium(boot, Owner::Mark(volume, page, mask), MediumOp::Commit(records));
         }
     }
 
-    pub(super) fn marked(&mut self, boot: BootId, volume: VolumeId, page: PageKey) {
+    pub(super) fn marked(&mut self, boot: BootId, volume: VolumeId, page: PageKey, missed: u16) {
+        self.missed_durable(volume, page, missed);
+        // A commit that held no pending mark came after one that did.
         if let Some(pending) = self.known(volume).layer_mut(&page).and_then(|l| l.pending.get_mut(&page.page)) {
             pending.durable = true;
         }
@@ -90,7 +112,8 @@ impl StorageServer {
             _ => false,
         };
         let layer = || self.volumes.get(&exec.volume)?.copies.get(&exec.page.copy)?.layers.get(&exec.page.layer);
-        !needs || layer().and_then(|l| l.pending.get(&exec.page.page)).is_some_and(|p| p.durable)
+        let pending = !needs || layer().and_then(|l| l.pending.get(&exec.page.page)).is_some_and(|p| p.durable);
+        pending && self.is_miss_durable(exec)
     }
 
     /// An execution that needed the mark is over.
@@ -124,7 +147,7 @@ impl StorageServer {
         }
     }
 
-    fn clear_soon(&mut self, volume: VolumeId) {
+    pub(super) fn clear_soon(&mut self, volume: VolumeId) {
         if !std::mem::replace(&mut self.known(volume).clearing, true) {
             self.due(self.now.after(CLEAR_BATCH_MS), Due::Clear(volume));
         }
@@ -134,6 +157,7 @@ impl StorageServer {
         if let Some(known) = self.volumes.get_mut(&volume) {
             known.clearing = false;
             self.clear_confirmed(volume);
+            self.write_restored(volume);
         }
     }
 
@@ -153,9 +177,24 @@ impl StorageServer {
                 && pending.writers.iter().all(|&(writer, seq)| confirmed(writer, seq))
         };
         let cleared = remove_pending(&mut known.copies, covered);
-        for (boot, records) in cleared {
-            self.known(volume).executing += 1;
-            self.medium(boot, Owner::Clear(volume), MediumOp::Commit(records));
+        for (copy, boot, records) in cleared {
+            self.restore_cleared(volume, copy, &records);
+            for piece in records.chunks(MAX_COMMIT_RECORDS) {
+                self.known(volume).executing += 1;
+                self.medium(boot, Owner::Clear(volume), MediumOp::Commit(piece.to_vec()));
+            }
+        }
+    }
+
+    /// H11: with what is pending no more goes what members missed of it that are `Active` now; written a little later.
+    fn restore_cleared(&mut self, volume: VolumeId, copy: CopyId, cleared: &[Record]) {
+        let known = self.known(volume);
+        let (Some(map), Some(copy)) = (known.map.as_ref(), known.copies.get_mut(&copy)) else { return };
+        let page = |record: &Record| if let Record::Pending { page, .. } = record { Some(*page) } else { None };
+        let pages: Vec<PageKey> = cleared.iter().filter_map(page).collect();
+        copy.restore_pages(map, &pages);
+        if copy.layers.values().any(|layer| !layer.unwritten.is_empty()) {
+            self.clear_soon(volume);
         }
     }
 
@@ -183,9 +222,9 @@ impl StorageServer {
 
 /// Takes the marks that may go out of memory; the records that make it durable, per opening.
 fn remove_pending(
-    copies: &mut std::collections::BTreeMap<crate::ids::CopyId, super::volume::Copy>,
+    copies: &mut std::collections::BTreeMap<CopyId, super::volume::Copy>,
     may_go: impl Fn(&Pending) -> bool,
-) -> Vec<(BootId, Vec<Record>)> {
+) -> Vec<(CopyId, BootId, Vec<Record>)> {
     let mut cleared = Vec::new();
     for copy in copies.values_mut() {
         let Some(boot) = copy.boot else { continue };
@@ -202,7 +241,7 @@ fn remove_pending(
             });
         }
         if !records.is_empty() {
-            cleared.push((boot, records));
+            cleared.push((copy_id, boot, records));
         }
     }
     cleared

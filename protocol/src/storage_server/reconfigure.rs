@@ -8,12 +8,12 @@
 //! way is waited for. It is answered only when it is durable. Orders for one volume are carried out one after another.
 
 use super::contract::{CallId, Output};
-use super::medium::{CopyRecord, LayerRecord, MediumAnswer, MediumOp, Record};
+use super::medium::{CopyRecord, LayerRecord, MAX_COMMIT_RECORDS, MediumAnswer, MediumOp, Record};
 use super::pending::end_of_settle;
 use super::volume::{Copy, Volume};
 use super::{Due, Owner, StorageServer};
 use crate::control::{ControlReply, ControlRequest, Fence, FillLimit};
-use crate::ids::{BootId, CopyId, DeviceId, Generation, LayerId, VolumeId};
+use crate::ids::{BootId, CopyId, DeviceId, Generation, LayerId, ServerId, VolumeId};
 use crate::layer::PageKey;
 use crate::map::{MemberState, Settle, VolumeMap};
 use crate::mutants::{Mutant, on};
@@ -33,6 +33,8 @@ pub(super) struct Change {
     lost: bool,
     /// The openings that a fence has marked: one that comes later is marked, too, before the fence is answered.
     marked: Vec<BootId>,
+    /// Of a map: pages that it makes missed (H3b), with their masks, durable with it.
+    missed: Vec<(BootId, PageKey, u16)>,
 }
 
 impl Change {
@@ -223,7 +225,15 @@ impl StorageServer {
         if known.changes.len() >= MAX_WAITING_CHANGES {
             return self.refuse(call, volume);
         }
-        known.changes.push_back(Change { call, order, stage, outstanding: 0, lost: false, marked: Vec::new() });
+        known.changes.push_back(Change {
+            call,
+            order,
+            stage,
+            outstanding: 0,
+            lost: false,
+            marked: Vec::new(),
+            missed: Vec::new(),
+        });
         if known.changes.len() == 1 {
             self.begin_change(volume);
         }
@@ -349,9 +359,12 @@ impl StorageServer {
     }
 
     fn commit_all(&mut self, volume: VolumeId, records: BTreeMap<BootId, Vec<Record>>) -> usize {
-        let commits = records.len();
+        let mut commits = 0;
         for (boot, records) in records {
-            self.medium(boot, Owner::Change(volume), MediumOp::Commit(records));
+            for piece in records.chunks(MAX_COMMIT_RECORDS) {
+                self.medium(boot, Owner::Change(volume), MediumOp::Commit(piece.to_vec()));
+                commits += 1;
+            }
         }
         commits
     }
@@ -394,43 +407,51 @@ impl StorageServer {
         }
     }
 
-    /// M2: one durable step. Its parts in order: what a force trusts again, what the end of a settle clears, then the map.
+    /// M2: one durable step, in this order. What does not fit into one commit stands before or behind the one with the map
+    /// such that a crash in between leaves too much marked, never too little.
     fn store_map(&mut self, volume: VolumeId, map: VolumeMap) -> usize {
         let server = self.config.server;
         let known = self.known(volume);
-        let mut records: BTreeMap<BootId, Vec<Record>> = known.boots().into_iter().map(|b| (b, Vec::new())).collect();
+        let mut steps: BTreeMap<BootId, MapStep> = known.boots().into_iter().map(|b| (b, MapStep::default())).collect();
         let mut forced = Vec::new();
         for copy in known.forced_by(&map, server) {
-            let Some((boot, mut trust)) = known.copies.get_mut(&copy).and_then(Copy::trust) else { continue };
-            records.entry(boot).or_default().append(&mut trust);
+            let Some((boot, trust)) = known.copies.get_mut(&copy).and_then(Copy::trust) else { continue };
+            steps.entry(boot).or_default().trust(trust);
             forced.push((boot, copy));
         }
-        for (_, _, group) in map.groups().filter(|(_, _, group)| group.settle == Settle::Over) {
-            let all = on(Mutant::AllClearPending);
-            let member = group.members.iter().find(|m| m.server == server && (all || m.state != MemberState::Failed));
-            let Some(member) = member else { continue };
-            let copy = known.copies.get_mut(&member.copy).filter(|copy| all || copy.boot == Some(member.boot));
-            if let Some((boot, copy)) = copy.and_then(|copy| Some((copy.boot?, copy))) {
-                records.entry(boot).or_default().append(&mut end_of_settle(copy, &map));
-            }
+        let old = known.map.clone();
+        let mut missed = Vec::new();
+        for copy in known.copies.values_mut() {
+            let Some(boot) = copy.boot else { continue };
+            let records = copy.miss_pending(&map, old.as_ref());
+            missed.extend(records.iter().filter_map(|r| match r {
+                Record::Missed { page, mask } => Some((boot, *page, *mask)),
+                _ => None,
+            }));
+            steps.entry(boot).or_default().before.extend(records);
         }
-        for session in &map.sessions {
-            let heard = known.sessions.entry(session.id).or_default();
-            heard.incarnation = heard.incarnation.max(session.incarnation);
-            heard.handled = heard.handled.max(session.handled);
-            let highest = heard.incarnation;
-            heard.opens.retain(|incarnation, _| *incarnation >= highest);
+        for (boot, mut cleared) in end_settles(known, &map, server) {
+            steps.entry(boot).or_default().after.append(&mut cleared);
         }
-        known.sessions.retain(|id, _| map.session(*id).is_some());
+        known.learn_sessions(&map);
+        known.copies.values_mut().for_each(|copy| copy.restore_all(&map));
         known.map = Some(map);
         let blob = known.blob();
-        for records in records.values_mut().filter(|_| !on(Mutant::MapVolatile)) {
-            records.push(Record::PutVolume { volume, blob: blob.clone() });
+        if let Some(change) = known.changes.front_mut() {
+            change.missed = missed;
         }
         for (boot, copy) in forced {
             self.forget_records(boot, copy);
         }
-        self.commit_all(volume, records)
+        let map = (!on(Mutant::MapVolatile)).then_some(Record::PutVolume { volume, blob });
+        let mut commits = 0;
+        for (boot, step) in steps {
+            for records in step.commits(map.clone()) {
+                self.medium(boot, Owner::Change(volume), MediumOp::Commit(records));
+                commits += 1;
+            }
+        }
+        commits
     }
 
     fn store_copy(&mut self, volume: VolumeId, copy: CopyRecord, boot: BootId) -> usize {
@@ -465,7 +486,7 @@ impl StorageServer {
             _ => ControlReply::Done,
         };
         match change.order {
-            Order::Serve(_) => self.map_stored(volume),
+            Order::Serve(_) => self.map_stored(volume, change.missed),
             Order::Put { copy, device } if !change.lost => {
                 let minted = self.devices.get(&device).map(|d| d.device);
                 if let Some(id) = minted {
@@ -482,7 +503,12 @@ impl StorageServer {
         }
     }
 
-    fn map_stored(&mut self, volume: VolumeId) {
+    fn map_stored(&mut self, volume: VolumeId, missed: Vec<(BootId, PageKey, u16)>) {
+        for (boot, page, mask) in missed {
+            self.missed_durable(volume, page, mask);
+            self.run_prepared(boot, page);
+        }
+        self.clear_soon(volume);
         self.repair_anew(volume);
         self.push_map(volume);
         self.due(self.now, Due::Pulls(volume));
@@ -506,6 +532,53 @@ impl StorageServer {
         let layer = map.layers.iter().find(|l| l.id == layer && l.placement == placement);
         layer.map_or(0, |layer| map.geometry(layer).pages(group))
     }
+}
+
+/// What storing a map makes durable on one device.
+#[derive(Debug, Default)]
+struct MapStep {
+    /// May be durable although the map is not.
+    before: Vec<Record>,
+    /// Stands and falls with the map.
+    with: Vec<Record>,
+    /// Only when the map is durable.
+    after: Vec<Record>,
+}
+
+impl MapStep {
+    /// I8: layers that are trusted with the map, flags of pages that go when it is there.
+    fn trust(&mut self, records: Vec<Record>) {
+        let (layers, flags) = records.into_iter().partition(|r| matches!(r, Record::TrustLayer { .. }));
+        let (mut layers, mut flags): (Vec<Record>, Vec<Record>) = (layers, flags);
+        self.with.append(&mut layers);
+        self.after.append(&mut flags);
+    }
+
+    /// One commit, or several if it is too long.
+    fn commits(mut self, map: Option<Record>) -> Vec<Vec<Record>> {
+        self.with.extend(map);
+        if self.before.len() + self.with.len() + self.after.len() <= MAX_COMMIT_RECORDS {
+            self.before.append(&mut self.with);
+            self.before.append(&mut self.after);
+            return vec![self.before];
+        }
+        let pieces =
+            |records: Vec<Record>| records.chunks(MAX_COMMIT_RECORDS).map(<[Record]>::to_vec).collect::<Vec<_>>();
+        [pieces(self.before), vec![self.with], pieces(self.after)].concat()
+    }
+}
+
+/// M1: what the end of a settle clears here, per opening.
+fn end_settles(known: &mut Volume, map: &VolumeMap, server: ServerId) -> Vec<(BootId, Vec<Record>)> {
+    let mut cleared = Vec::new();
+    for (_, _, group) in map.groups().filter(|(_, _, group)| group.settle == Settle::Over) {
+        let all = on(Mutant::AllClearPending);
+        let member = group.members.iter().find(|m| m.server == server && (all || m.state != MemberState::Failed));
+        let Some(member) = member else { continue };
+        let copy = known.copies.get_mut(&member.copy).filter(|copy| all || copy.boot == Some(member.boot));
+        cleared.extend(copy.and_then(|copy| Some((copy.boot?, end_of_settle(copy, map)))));
+    }
+    cleared
 }
 
 fn next_stage(change: &Change) -> Stage {

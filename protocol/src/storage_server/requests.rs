@@ -6,7 +6,7 @@ use super::handles::ReplyTo;
 use super::medium::MediumOp;
 use super::page_ops::{Exec, Work};
 use super::{Due, Owner, StorageServer};
-use crate::ids::{BootId, Generation, SessionId, VolumeId};
+use crate::ids::{BootId, Generation, ServerId, SessionId, VolumeId};
 use crate::layer::PageKey;
 use crate::limits::{BEHIND_ASK_MEMBER_MS, WINDOW_BYTES, WINDOW_REQUESTS};
 use crate::map::AccessMode;
@@ -55,7 +55,7 @@ impl StorageServer {
         let to = ReplyTo { conn, header, bytes };
         match (self.handles[&header.handle].opener, body) {
             (Opener::Session { session }, body) => self.session_request(to, volume, session, body, payload),
-            (Opener::Peer { .. }, body) => self.peer_request(to, volume, body),
+            (Opener::Peer { server }, body) => self.peer_request(to, volume, server, body),
         }
     }
 
@@ -151,11 +151,11 @@ impl StorageServer {
         }
     }
 
-    fn peer_request(&mut self, to: ReplyTo, volume: VolumeId, body: RequestBody) {
+    fn peer_request(&mut self, to: ReplyTo, volume: VolumeId, peer: ServerId, body: RequestBody) {
         match body {
             RequestBody::Fill { layer, group, page } => self.serve_page(to, volume, (layer, group), page, false),
             RequestBody::Settle { layer, group, page } => self.serve_page(to, volume, (layer, group), page, true),
-            RequestBody::Suspects { layer, group } => self.serve_suspects(to, volume, layer, group),
+            RequestBody::Suspects { layer, group } => self.serve_suspects(to, volume, peer, (layer, group)),
             _ => self.violation(to.conn, Violation::NotAllowed),
         }
     }

@@ -14,6 +14,7 @@ use medium::*;
 mod fills;
 mod generations;
 mod mends;
+mod missed;
 mod net;
 mod openings;
 mod opens;

@@ -7,6 +7,7 @@ use super::Line;
 use super::contract::ConnId;
 use super::medium::{CopyRecord, LayerRecord, Record};
 use super::mend::Mend;
+use super::missed::Missed;
 use super::pending::Pending;
 use super::reconfigure::Change;
 use crate::codec::{DecodeError, Wire, decode, encode, wire_struct};
@@ -94,6 +95,10 @@ pub(super) struct CopyLayer {
     /// Pages that are unsynced by a flag of their own.
     pub(super) unsynced: BTreeSet<u64>,
     pub(super) pending: BTreeMap<u64, Pending>,
+    /// Pages that other members lack writes of.
+    pub(super) missed: BTreeMap<u64, Missed>,
+    /// Pages whose mask was cleared in memory and not yet on disk.
+    pub(super) unwritten: BTreeSet<u64>,
 }
 
 impl CopyLayer {
@@ -132,6 +137,8 @@ impl Copy {
         self.settled = None;
         for layer in self.layers.values_mut() {
             layer.pending.clear();
+            layer.missed.clear();
+            layer.unwritten.clear();
             layer.unsynced.clear();
         }
         self.repairs.clear();
@@ -168,6 +175,18 @@ impl Volume {
             sessions: sessions.map(|(id, s)| (*id, (s.incarnation, s.handled))).collect(),
         };
         encode(&blob).into()
+    }
+
+    /// Takes over what a map says of its sessions, and forgets those that it does not list.
+    pub(super) fn learn_sessions(&mut self, map: &VolumeMap) {
+        for session in &map.sessions {
+            let heard = self.sessions.entry(session.id).or_default();
+            heard.incarnation = heard.incarnation.max(session.incarnation);
+            heard.handled = heard.handled.max(session.handled);
+            let highest = heard.incarnation;
+            heard.opens.retain(|incarnation, _| *incarnation >= highest);
+        }
+        self.sessions.retain(|id, _| map.session(*id).is_some());
     }
 
     /// Generation of the stored map; 0 = none.

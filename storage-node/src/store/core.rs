@@ -196,6 +196,11 @@ impl Core {
             };
             table.entries().filter_map(of).collect()
         };
+        let missed_of = |(_, e): (u32, &crate::store::table::Entry)| {
+            let stack = catalog.stack(e.stack).expect("checked at the opening");
+            (e.missed != 0).then_some((PageKey { copy: stack.copy, layer: stack.layer, page: e.page }, e.missed))
+        };
+        let missed = table.entries().filter_map(missed_of).collect();
         let opened = Opened {
             cluster: superblock.cluster,
             server: superblock.server,
@@ -204,6 +209,7 @@ impl Core {
             copies: catalog.copies(),
             volumes: catalog.volumes(),
             pending: pages(PENDING),
+            missed,
             unsynced: pages(crate::store::table::UNSYNCED),
             lease_number: catalog.lease_number,
             capacity_bytes: geo.capacity_bytes(),

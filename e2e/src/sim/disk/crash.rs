@@ -40,6 +40,7 @@ impl Disk {
             copies: self.copies.values().cloned().collect(),
             volumes: self.volumes.iter().map(|(v, b)| (*v, b.clone())).collect(),
             pending: flagged(|p| p.pending),
+            missed: self.pages.iter().filter(|(_, p)| p.missed != 0).map(|(k, p)| (*k, p.missed)).collect(),
             unsynced: flagged(|p| p.unsynced),
             lease_number: self.lease_number,
             capacity_bytes: self.capacity_bytes,

@@ -112,7 +112,8 @@ impl Medium {
             }
             Record::PutVolume { volume, blob } => drop(self.volumes.insert(volume, blob)),
             Record::DropVolume(volume) => drop(self.volumes.remove(&volume)),
-            Record::Missed { .. } | Record::DropPage(_) | Record::LeaseNumber(_) => {}
+            Record::Missed { page, mask } => self.entry(page).0.missed = mask,
+            Record::DropPage(_) | Record::LeaseNumber(_) => {}
         }
     }
 
@@ -127,6 +128,7 @@ impl Medium {
             copies: self.copies.values().cloned().collect(),
             volumes: self.volumes.iter().map(|(v, b)| (*v, b.clone())).collect(),
             pending: flagged(|r| r.pending),
+            missed: self.pages.iter().filter(|(_, (r, _))| r.missed != 0).map(|(k, (r, _))| (*k, r.missed)).collect(),
             unsynced: flagged(|r| r.unsynced),
             lease_number: 0,
             capacity_bytes: 1 << 30,
