@@ -44,6 +44,8 @@ finish() {
   passed=$(grep -hE '^test result:' "$logs"/*.log | grep -oE '[0-9]+ passed' | awk '{s+=$1} END {print s+0}')
   fails=$(grep -hE '^test result:' "$logs"/*.log | grep -oE '[0-9]+ failed' | awk '{s+=$1} END {print s+0}')
   [ "$failed" = 0 ] || [ "$fails" -gt 0 ] || fails=1
+  # Which seed of the simulator failed must not be lost with a log that is longer than what is kept of it.
+  grep -hE '^failing seed' "$logs"/*.log 2>/dev/null | tail -n 8
   # A skipped check prints its reason from within a test that the runner counts as passed.
   echo "total: $((passed - count)) passed, $fails failed, $count skipped"
   exit "$failed"

@@ -14,7 +14,7 @@
 //! | `servers`, `clients`, `operators`, `api` | runtimes of the machines |
 //! | `faults` | what goes wrong |
 //! | `register`, `checks`, `finish` | oracles |
-//! | `shrink` | the shortest history that fails |
+//! | `shrink`, `words` | the shortest history that fails, and what is printed of it |
 
 mod api;
 mod checks;
@@ -34,12 +34,14 @@ mod register;
 mod servers;
 mod shrink;
 mod stamp;
+mod words;
 mod world;
 
 pub use counters::Counters;
 pub use event::Host;
 pub use plan::Plan;
 pub use shrink::shrink;
+pub use words::{last_words, words};
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
@@ -90,13 +92,17 @@ pub fn quiet_panics() {
     }));
 }
 
+/// What the last panic said, and where it was.
+pub fn last_panic() -> String {
+    PANIC.lock().map(|last| last.clone()).unwrap_or_default()
+}
+
 /// Plays a plan.
 pub fn run(plan: &Plan, tell: Tell) -> Outcome {
     let mut world = World::new(plan.clone(), tell);
     let ended = catch_unwind(AssertUnwindSafe(|| world.run()));
     if ended.is_err() {
-        let text = PANIC.lock().map(|last| last.clone()).unwrap_or_default();
-        world.fail("panic", text);
+        world.fail("panic", last_panic());
     }
     world.outcome()
 }

@@ -145,6 +145,9 @@ fn verdict(fates: &[Fate]) -> ExitCode {
             (None, Some(_)) => {}
         }
     }
+    for (seed, failure) in fates.iter().filter(|f| f.mutant.is_none()).filter_map(|f| f.found.as_ref()) {
+        print!("{}", sim::words(&Plan::of(*seed), failure, 200));
+    }
     let sound = fates.iter().all(|f| f.mutant.is_some() || (f.found.is_none() && f.panics == 0));
     println!(
         "{} mistakes, {survivors} not found, {known} known survivors; the protocol itself is {}",
@@ -161,7 +164,7 @@ fn play(mutant: Option<Mutant>, arguments: &Arguments) -> Fate {
     for seed in (arguments.seed..arguments.seed + arguments.seeds).step_by(arguments.step) {
         let plan = Plan::of(seed);
         match sim::run(&plan, Tell::Nothing).failure {
-            Some(failure) if failure.oracle == "panic" => fate.panics += 1,
+            Some(failure) if failure.oracle == "panic" && mutant.is_some() => fate.panics += 1,
             Some(failure) => {
                 if arguments.tell {
                     let short = sim::shrink(&plan, &failure, 300).0;

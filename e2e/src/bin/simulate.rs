@@ -47,37 +47,38 @@ fn main() -> ExitCode {
     let limit = arguments.seconds.map(Duration::from_secs);
     let seeds = if limit.is_none() && arguments.seeds.is_none() && !one { 100 } else { seeds };
     let began = Instant::now();
-    let (mut counters, mut played, mut failed) = (Counters::default(), 0, 0);
+    let (mut counters, mut played, mut failed) = (Counters::default(), 0, Vec::new());
     for seed in first..first.saturating_add(seeds) {
-        if limit.is_some_and(|limit| began.elapsed() > limit) {
+        if limit.is_some_and(|limit| began.elapsed() > limit) || (!failed.is_empty() && !arguments.keep_going) {
             break;
         }
         let outcome = sim::run(&Plan::of(seed), Tell::Nothing);
         counters.join(&outcome.counters);
         played += 1;
-        if let Some(failure) = outcome.failure {
-            failed += 1;
-            println!("seed {seed} fails at {:.6} s ({}): {}", failure.at_us as f64 / 1e6, failure.oracle, failure.text);
-            if !arguments.keep_going {
-                tell(&arguments, seed, &failure);
-                break;
-            }
-        }
+        failed.extend(outcome.failure.map(|failure| (seed, failure)));
     }
     let took = began.elapsed().as_secs_f64();
     println!("{counters}");
     let operations = counters.of("operations") as f64;
     println!(
-        "{played} seeds from {first}, {failed} failed, in {took:.1} s: {:.0} operations and {:.0} events a second",
+        "{played} seeds from {first}, {} failed, in {took:.1} s: {:.0} operations and {:.0} events a second",
+        failed.len(),
         operations / took,
         counters.of("events") as f64 / took
     );
-    if arguments.trace && failed == 0 && played == 1 {
+    if arguments.trace && failed.is_empty() && played == 1 {
         for line in sim::run(&Plan::of(first), Tell::Everything).history {
             println!("{line}");
         }
     }
-    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if let [(seed, failure)] = failed.as_slice() {
+        tell(&arguments, *seed, failure);
+    }
+    // Last: of a long log only the end may be kept.
+    for (seed, failure) in &failed {
+        print!("{}", sim::last_words(*seed, failure));
+    }
+    if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 /// The history of a failing seed, shortened if asked for.
@@ -91,7 +92,6 @@ fn tell(arguments: &Arguments, seed: u64, failure: &sim::Failure) {
     for line in sim::run(&plan, tell).history {
         println!("{line}");
     }
-    println!("again: simulate --seed {seed}{}", if arguments.shrink { " --shrink" } else { "" });
 }
 
 /// Something that differs from run to run.

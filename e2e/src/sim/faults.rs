@@ -83,7 +83,10 @@ impl World {
 
     /// Something has come that trouble may wait for.
     pub(super) fn moment(&mut self, moment: Moment) {
-        self.last_moment = Some((moment, self.now));
+        match self.last_moments.iter_mut().find(|(last, _)| *last == moment) {
+            Some((_, at)) => *at = self.now,
+            None => self.last_moments.push((moment, self.now)),
+        }
         if self.timed.is_empty() {
             return;
         }
@@ -98,9 +101,9 @@ impl World {
         }
     }
 
-    /// Counts a crash by what happened within the 5 ms before.
+    /// Counts a crash by all that happened within the 2 ms before.
     pub(super) fn count_crash(&mut self, role: &str) {
-        if let Some((moment, _)) = self.last_moment.filter(|(_, at)| self.now - at < 5_000) {
+        for (moment, _) in self.last_moments.iter().filter(|(_, at)| self.now - at < 2_000) {
             self.counters.count(&format!("crash of {role} just when {moment}"));
         }
     }

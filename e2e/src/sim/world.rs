@@ -49,8 +49,8 @@ pub(super) struct World {
     pub(super) armed: Vec<(LeaderStep, u64)>,
     /// Trouble that waits for a moment.
     pub(super) timed: Vec<Timed>,
-    /// The last moment, and when it was: a crash right after it has a name.
-    pub(super) last_moment: Option<(Moment, u64)>,
+    /// When each moment was last: a crash right after it has a name.
+    pub(super) last_moments: Vec<(Moment, u64)>,
     /// What went wrong so far.
     pub(super) injected: Vec<Fault>,
     /// All is healed; no step of the plan acts any more.
@@ -84,7 +84,7 @@ impl World {
             frozen: BTreeMap::new(),
             armed: Vec::new(),
             timed: Vec::new(),
-            last_moment: None,
+            last_moments: Vec::new(),
             injected: Vec::new(),
             healed: false,
             ending: Ending::NotYet,

@@ -6,6 +6,8 @@ use crate::sim::dice::Dice;
 use crate::sim::event::Host;
 use lamina_protocol::management::Step as LeaderStep;
 
+pub(super) mod crash_points;
+
 const SECOND: u64 = 1_000_000;
 /// When the trouble begins: the volume is made, attached and written by then.
 const BEGIN: u64 = 6 * SECOND;
