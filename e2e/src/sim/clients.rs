@@ -187,6 +187,9 @@ impl World {
         if start == Start::Fresh {
             return;
         }
+        // Whatever process had it before: what it kept of unflushed writes is not with this one.
+        let session = self.clients[client].attached.as_ref().map(|a| a.id).unwrap_or_default();
+        self.register.process_died(session);
         self.counters.count("reached: a successor took a device over");
         self.moment(Moment::TookOver);
         let device: Vec<u64> = self.clients[client].device.keys().copied().collect();

@@ -188,8 +188,13 @@ impl StorageServer {
     }
 
     fn order_delete(&mut self, call: CallId, volume: VolumeId, copy: CopyId, generation: Generation) {
-        let Some(known) = self.volumes.get(&volume).filter(|v| v.copies.contains_key(&copy)) else {
-            return self.control_reply(call, ControlReply::NoCopy { copy });
+        let known = self.volumes.get(&volume);
+        let under_way = |change: &Change| matches!(&change.order, Order::Delete { copy: gone } if *gone == copy);
+        let Some(known) = known.filter(|v| v.copies.contains_key(&copy)) else {
+            // R14: a deletion that its device may still lose has not happened.
+            let goes = known.is_some_and(|v| v.changes.iter().any(under_way));
+            let reply = if goes { ControlReply::DeviceClosed } else { ControlReply::NoCopy { copy } };
+            return self.control_reply(call, reply);
         };
         let listed = known.map.as_ref().is_some_and(|map| map.place_of(copy).is_some());
         let own_map_says_keep = listed && known.stored() >= generation;
@@ -468,8 +473,12 @@ impl StorageServer {
 
     fn store_deletion(&mut self, volume: VolumeId, copy: CopyId) -> usize {
         let known = self.known(volume);
-        let Some(gone) = known.copies.remove(&copy) else { return 0 };
-        let Some(boot) = gone.boot else { return 0 };
+        let Some(boot) = known.copies.get(&copy).and_then(|gone| gone.boot) else {
+            // R14: its device failed while the order waited, or an earlier order to delete it may have been lost so.
+            known.changes.front_mut().expect("an order is under way").lost = true;
+            return 0;
+        };
+        known.copies.remove(&copy);
         let mut records = vec![Record::DropCopy(copy)];
         if !known.copies.values().any(|c| c.boot == Some(boot)) {
             records.push(Record::DropVolume(volume));

@@ -67,3 +67,36 @@ fn what_one_device_still_answers_for_a_flush_that_another_ones_failure_ended_goe
     net.run();
     assert_eq!(net.replies.pop().unwrap().body, ReplyBody::NotServing, "R3");
 }
+
+/// R14: what waits behind other work when the device fails was not done, however often it was ordered.
+#[test]
+fn a_deletion_that_waits_when_its_device_fails_is_not_confirmed() {
+    let mut net = Net::started(1);
+    net.servers[0].medium.hold = true;
+    let flush = ControlRequest::PrepareFlush { volume: VOLUME, generation: Generation(2) };
+    let delete = ControlRequest::DeleteCopy { volume: VOLUME, copy: CopyId(100), generation: Generation(2) };
+    net.control_later(0, flush);
+    let waiting = [net.control_later(0, delete.clone()), net.control_later(0, delete.clone())];
+    net.run();
+    net.fail_device(0);
+    net.run();
+    for call in waiting {
+        assert_eq!(net.answers[&call], ControlReply::DeviceClosed);
+    }
+    assert_eq!(net.control(0, delete), ControlReply::DeviceClosed, "the copy is still known to be there");
+}
+
+#[test]
+fn a_second_order_to_delete_does_not_confirm_a_deletion_that_the_device_lost() {
+    let mut net = Net::started(1);
+    net.servers[0].medium.hold = true;
+    let delete = ControlRequest::DeleteCopy { volume: VOLUME, copy: CopyId(100), generation: Generation(2) };
+    let calls = [net.control_later(0, delete.clone()), net.control_later(0, delete)];
+    net.servers[0].medium.release_one = true;
+    net.run();
+    net.fail_device(0);
+    net.run();
+    for call in calls {
+        assert_eq!(net.answers[&call], ControlReply::DeviceClosed);
+    }
+}
