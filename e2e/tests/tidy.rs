@@ -324,6 +324,13 @@ fn the_documents_are_there() {
 }
 
 #[test]
+fn the_first_screen_of_the_readme_says_what_is_not_safe() {
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    let screen = readme.lines().take(24).collect::<Vec<_>>().join(" ");
+    assert!(screen.contains("Traffic is not yet encrypted or authenticated"), "{screen}");
+}
+
+#[test]
 fn every_cited_rule_exists_in_protocol_md() {
     let known = anchored_rules(&protocol_md());
     check_rust(|p, t| unknown_rules(p, t, &known));

@@ -5,6 +5,7 @@
 //!            ├─► Refused (foreign, another server's or cluster's, damaged)  ─► looked at again every minute
 //!            ├─► Missing                                                    ─► looked at again every 5 s
 //!            └─► Failed (busy, an error of the kernel)                      ─► back-off, 1 s to 1 min
+//! Ready, a block device ─► its size is looked at every minute, and when the list is applied: it may have grown
 //! ```
 //! Invariants: each opening has a boot id of its own; a device is formatted only if it is blank, or a person said
 //! `format` and it is not this cluster's; an id of a server is minted only when every device could be looked at and none
@@ -87,7 +88,8 @@ struct Slot {
     view: DeviceView,
     /// Failures in a row.
     in_a_row: u32,
-    /// When to look again; none while it is being opened, or open and as large as listed.
+    /// When to look again; none while it is being opened, or open and as large as listed. A device without a listed size
+    /// is looked at as long as it is open: it may grow any time.
     again: Option<Instant>,
     /// An earlier process said that copies lie there; forgotten once it is open and they are counted.
     said_to_hold: bool,
@@ -144,6 +146,7 @@ impl Slots {
                         slot.again = Some(Instant::now());
                     }
                 }
+                Some(slot) if slot.spec.size.is_none() && slot.view.boot.is_some() => slot.again = Some(Instant::now()),
                 Some(_) => {}
             }
         }
@@ -201,6 +204,7 @@ impl Slots {
         for slot in self.slots.iter_mut().filter(|slot| slot.again.is_some_and(|at| at <= now)) {
             slot.again = None;
             if slot.view.boot.is_some() {
+                slot.again = slot.spec.size.is_none().then(|| now + MAX_PAUSE);
                 grow(slot.spec.clone(), self.outcomes.clone());
                 continue;
             }
@@ -287,9 +291,11 @@ impl Slots {
     }
 }
 
-/// Lets the file of an open device be as large as listed.
+/// Lets the file of an open device be as large as listed; one without a listed size is as large as it is.
 fn grow(spec: DeviceSpec, outcomes: mpsc::Sender<Outcome>) {
     if spec.size.is_none() {
+        // If there is no room for the word, it is looked at again a minute later.
+        let _ = outcomes.try_send(Outcome::Grown { path: spec.path, result: Ok(()) });
         return;
     }
     tokio::task::spawn_blocking(move || {
@@ -342,6 +348,7 @@ impl Slot {
             if self.view.state == DeviceState::Ready {
                 self.show(DeviceState::Ready, None);
             }
+            self.again = self.spec.size.is_none().then(|| Instant::now() + MAX_PAUSE);
             return server.grow(boot);
         };
         let reason = format!("used as it is, smaller than listed: {why}");

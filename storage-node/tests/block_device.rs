@@ -1,45 +1,16 @@
 //! Real block devices: loop devices with sectors of 512 bytes and of 4 KiB. Skipped where none can be made.
 #![allow(clippy::unwrap_used)]
 
+#[allow(dead_code)] // Shared with the other test program.
+#[path = "serving/loops.rs"]
+mod loops;
+
 use lamina_protocol::ids::{BootId, ClusterId, DeviceId, ServerId};
 use lamina_storage_node::store::{Device, DeviceError, FormatOptions, Identity, OpenOptions, format, open};
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use loops::Loop;
+use std::path::Path;
 
 const IDENTITY: Identity = Identity { cluster: ClusterId(1), server: ServerId(2) };
-
-/// A loop device; gone with this value.
-struct Loop {
-    path: PathBuf,
-}
-
-impl Loop {
-    /// `None` where it cannot be made, which is said.
-    fn of(test: &str, file: &Path, sector_bytes: u32) -> Option<Self> {
-        std::fs::File::create(file).unwrap().set_len(128 << 20).unwrap();
-        let sector = sector_bytes.to_string();
-        let made = Command::new("losetup").args(["--find", "--show", "--sector-size", &sector]).arg(file).output();
-        match made {
-            Ok(out) if out.status.success() => {
-                Some(Self { path: PathBuf::from(String::from_utf8(out.stdout).unwrap().trim()) })
-            }
-            Ok(out) => {
-                println!("skipped: {test}: no loop device: {}", String::from_utf8_lossy(&out.stderr).trim());
-                None
-            }
-            Err(error) => {
-                println!("skipped: {test}: no losetup: {error}");
-                None
-            }
-        }
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").arg("--detach").arg(&self.path).status();
-    }
-}
 
 fn open_device(path: &Path, atomic4k: Option<bool>) -> Result<Device, DeviceError> {
     let options = OpenOptions { identity: IDENTITY, boot: BootId(9), atomic4k };

@@ -2,6 +2,9 @@
 #![allow(clippy::unwrap_used)]
 
 #[allow(dead_code)] // Shared with the other test program.
+#[path = "serving/loops.rs"]
+mod loops;
+#[allow(dead_code)] // Shared with the other test program.
 #[path = "serving/process.rs"]
 mod process;
 #[allow(dead_code)] // Shared with the other test program.
@@ -174,6 +177,31 @@ async fn devices_are_added_and_grown_online_and_the_leader_sees_the_room_at_once
     assert_eq!(device.free_bytes - first[0].free_bytes, 128 << 20);
     let shrunk = list(&servers, json!([{"path": a, "size": "128Mi"}, {"path": b, "size": "64Mi"}])).await;
     assert!(shrunk.unwrap_err().to_string().contains("only grow"), "a person is told at once");
+}
+
+#[tokio::test]
+async fn a_block_device_that_grew_while_it_is_open_has_its_room_in_the_same_opening() {
+    let test = "a_block_device_that_grew_while_it_is_open_has_its_room_in_the_same_opening";
+    let dir = tempfile::tempdir().unwrap();
+    let [below, other] = ["below.img", "other.img"].map(|name| dir.path().join(name));
+    let Some(device) = loops::Loop::of(test, &below, 4096) else { return };
+    let Some(cluster) = lamina_test_apiserver::start_or_skip(test).await else { return };
+    let client = cluster.client().await.unwrap();
+    install(&client).await;
+    let servers: Api<StorageServer> = Api::all(client);
+    let _server = Process::of_node(NODE, cluster.kubeconfig());
+    until(&servers, |o: Option<&StorageServer>| status(o).is_some_and(|s| s.addresses.is_some())).await;
+    list(&servers, json!([{"path": device.path}])).await.unwrap();
+    let ready = of(&until(&servers, device_is(&device.path, DeviceState::Ready)).await, &device.path);
+
+    device.resize(&below, 256 << 20);
+    // It would be seen within a minute; whoever applies the list sees it at once.
+    list(&servers, json!([{"path": device.path}, {"path": other, "size": "64Mi"}])).await.unwrap();
+    let before = ready.capacity_bytes.unwrap();
+    let larger = |o: Option<&StorageServer>| o.is_some_and(|o| of(o, &device.path).capacity_bytes.unwrap() > before);
+    let grown = of(&until(&servers, larger).await, &device.path);
+    assert_eq!(grown.capacity_bytes.unwrap() - before, 128 << 20, "all of it is for pages");
+    assert_eq!(grown.boot, ready.boot);
 }
 
 #[tokio::test]

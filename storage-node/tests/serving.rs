@@ -123,6 +123,40 @@ async fn broken_frames_close_their_connection_and_nothing_else() {
 }
 
 #[tokio::test]
+async fn the_metrics_page_tells_requests_latency_states_and_fill_of_copies_and_space_and_errors_of_devices() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Process::start(dir.path(), "a").await;
+    let mut leader = Leader::connect(&server).await;
+    one_copy(&server, &mut leader).await;
+    let free = server.metric("lamina_storage_device_free_bytes{").await;
+    let mut client = Client::open(&server, leader.server, 1).await;
+    for block in 0..3 {
+        assert_eq!(client.write(1, block, vec![1; BLOCK]).await.body, ReplyBody::Done);
+    }
+    client.ask(1, RequestBody::Read { place: place(0, 1) }, vec![]).await;
+    let (_, page) = server.get("/metrics").await;
+    let of_volume = format!("volume=\"{VOLUME}\"");
+    let sum = |family: &str, with: &str| -> f64 {
+        let series = page.lines().filter(|line| line.starts_with(family) && line.contains(with));
+        let values: Vec<f64> = series.map(|line| line.rsplit(' ').next().unwrap().parse().unwrap()).collect();
+        assert!(!values.is_empty(), "{family} with {with}: {page}");
+        values.iter().sum()
+    };
+    assert_eq!(sum("lamina_storage_requests_total{", &of_volume), 4.0, "operations");
+    assert_eq!(sum("lamina_storage_request_bytes_total{", &of_volume), 4.0 * BLOCK as f64);
+    assert_eq!(sum("lamina_storage_request_duration_seconds_bucket{", "le=\"+Inf\""), 4.0, "latency");
+    assert_eq!(sum("lamina_storage_copy_state{", "state=\"active\""), 1.0);
+    assert_eq!(sum("lamina_storage_copy_unsynced_pages{", &of_volume), 0.0);
+    assert_eq!(sum("lamina_storage_copy_filled_bytes{", &of_volume), 0.0);
+    assert!(sum("lamina_storage_device_capacity_bytes{", "a.img") >= free);
+    let taken = free - sum("lamina_storage_device_free_bytes{", "a.img");
+    assert!(taken >= f64::from(1 << 20), "a page is taken: {taken}");
+    for errors in ["device_failures", "device_bad_blocks"] {
+        assert_eq!(sum(&format!("lamina_storage_{errors}{{"), "a.img"), 0.0);
+    }
+}
+
+#[tokio::test]
 async fn a_server_without_a_usable_device_runs_and_says_why() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.img");
