@@ -330,6 +330,22 @@ fn the_first_screen_of_the_readme_says_what_is_not_safe() {
     assert!(screen.contains("Traffic is not yet encrypted or authenticated"), "{screen}");
 }
 
+/// Helm never takes away what lies in `crds/`, nor an object that says so; everything else goes with the programs.
+#[test]
+fn helm_uninstall_keeps_every_object_that_stands_for_data_and_says_how_to_remove_it() {
+    let templates = tracked().into_iter().filter(|p| p.starts_with("charts/lamina/templates/"));
+    let texts: Vec<String> = templates.map(|p| fs::read_to_string(root().join(p)).unwrap()).collect();
+    let objects = || texts.iter().flat_map(|text| text.split("\n---"));
+    let ours: Vec<&str> = objects().filter(|object| object.contains("apiVersion: lamina.dev/")).collect();
+    assert_eq!(ours.len(), 2, "policies and servers: {ours:#?}");
+    assert!(ours.iter().all(|object| object.contains("helm.sh/resource-policy: keep")), "{ours:#?}");
+    assert!(!objects().any(|object| object.contains("kind: CustomResourceDefinition")));
+    let notes = texts.iter().find(|text| text.contains("helm uninstall removes the programs")).unwrap();
+    for kind in ["volumes", "storageservers", "replicationpolicies", "crd"] {
+        assert!(notes.lines().any(|line| line.contains("kubectl delete") && line.contains(kind)), "{kind}");
+    }
+}
+
 #[test]
 fn every_cited_rule_exists_in_protocol_md() {
     let known = anchored_rules(&protocol_md());

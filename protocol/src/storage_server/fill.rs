@@ -10,7 +10,8 @@ use super::handles::ReplyTo;
 use super::medium::{MediumOp, PageRecord};
 use super::page_ops::{Exec, ExecId, Work};
 use super::requests::Located;
-use crate::ids::{BootId, Generation, Incarnation, LayerId, Seq, ServerId, SessionId, VolumeId};
+use crate::control::{ControlReply, FillLimit};
+use crate::ids::{BootId, CopyId, Generation, Incarnation, LayerId, Seq, ServerId, SessionId, VolumeId};
 use crate::layer::{BLOCK_BYTES, BlockState, BlockStates};
 use crate::mutants::{Mutant, on};
 use crate::wire::{Place, ReplyBody};
@@ -181,6 +182,13 @@ impl ApplyPage {
 }
 
 impl StorageServer {
+    /// What the leader lets the fills of a volume take: a pace, no decision.
+    pub(super) fn limit_fills(&mut self, volume: VolumeId, limit: FillLimit) -> ControlReply {
+        let Some(known) = self.volumes.get_mut(&volume) else { return ControlReply::NoCopy { copy: CopyId::NONE } };
+        known.fill_limit = limit;
+        ControlReply::Done
+    }
+
     /// A peer pulls a page: served only as `Active` in that layer, at its own generation (H6); the peer's place in the
     /// map was compared.
     pub(super) fn serve_page(

@@ -12,7 +12,7 @@ use super::medium::{CopyRecord, LayerRecord, MAX_COMMIT_RECORDS, MediumAnswer, M
 use super::pending::end_of_settle;
 use super::volume::{Copy, Volume};
 use super::{Due, Owner, StorageServer};
-use crate::control::{ControlReply, ControlRequest, Fence, FillLimit};
+use crate::control::{ControlReply, ControlRequest, Fence};
 use crate::ids::{BootId, CopyId, DeviceId, Generation, LayerId, ServerId, VolumeId};
 use crate::layer::PageKey;
 use crate::map::{MemberState, Settle, VolumeMap};
@@ -85,12 +85,6 @@ impl StorageServer {
             }
         };
         self.control_reply(call, reply);
-    }
-
-    fn limit_fills(&mut self, volume: VolumeId, limit: FillLimit) -> ControlReply {
-        let Some(known) = self.volumes.get_mut(&volume) else { return ControlReply::NoCopy { copy: CopyId::NONE } };
-        known.fill_limit = limit;
-        ControlReply::Done
     }
 
     fn control_reply(&mut self, call: CallId, reply: ControlReply) {
