@@ -138,7 +138,8 @@ impl Driver {
             return self.fail(id, OpError::Io);
         }
         let changes = op.kind.changes_blocks();
-        if changes && view.session.is_none_or(|s| s.mode == AccessMode::ReadOnly) {
+        let may_not_change = view.session.map_or(!on(Mutant::EndedGoesOn), |s| s.mode == AccessMode::ReadOnly);
+        if changes && may_not_change {
             return self.fail(id, OpError::ReadOnly);
         }
         assert!(op.kind.range().end <= view.map.size, "the runtime refuses requests beyond the volume");

@@ -72,7 +72,8 @@ impl View {
 
     /// Whether requests would be served: the session is listed and not held, and no group is without data.
     pub(super) fn admitted(&self) -> bool {
-        self.available && self.session.is_some_and(|s| s.standing == Standing::Admitted)
+        let admitted = |s: Listed| s.standing == Standing::Admitted || on(Mutant::HeldServed);
+        self.available && self.session.map_or(on(Mutant::EndedGoesOn), admitted)
     }
 
     /// The groups of a mask.

@@ -154,6 +154,9 @@ impl StorageServer {
             self.note_behind(volume, generation);
             return Err(ReplyBody::Behind { own });
         }
+        if let Some(own) = known.not_yet(generation) {
+            return Err(ReplyBody::Behind { own });
+        }
         let map = known.map.as_ref().expect("a stored generation has a map");
         let session = match opener {
             Opener::Peer { server } => return map.server(server).map(|_| ()).ok_or(ReplyBody::Ended),

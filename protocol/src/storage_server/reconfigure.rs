@@ -10,6 +10,7 @@
 use super::contract::{CallId, Output};
 use super::medium::{CopyRecord, LayerRecord, MAX_COMMIT_RECORDS, MediumAnswer, MediumOp, Record};
 use super::pending::end_of_settle;
+use super::report::settle_in;
 use super::volume::{Copy, Volume};
 use super::{Due, Owner, StorageServer};
 use crate::control::{ControlReply, ControlRequest, Fence};
@@ -330,9 +331,10 @@ impl StorageServer {
         for copy_id in &fence.unsync {
             let Some(copy) = known.copies.get_mut(copy_id) else { continue };
             let Some(boot) = copy.boot else { continue };
-            if !on(Mutant::SettledKept) {
-                copy.settled = None;
+            if on(Mutant::SettledKept) && copy.settled.is_some() {
+                continue;
             }
+            copy.settled = None;
             copy.filled_bytes = 0;
             for (layer_id, layer) in &mut copy.layers {
                 layer.cursor = 0;
@@ -368,8 +370,16 @@ impl StorageServer {
         commits
     }
 
+    /// Makes durable what is in the devices' caches (H11b); the number of flushes.
     fn flush_all(&mut self, volume: VolumeId) -> usize {
-        let boots = self.known(volume).boots();
+        let known = self.known(volume);
+        let boots = known.boots();
+        let under_way = |copy: &Copy| known.map.as_ref().and_then(|map| settle_in(map, copy.record.copy));
+        let settled = |copy: &Copy| copy.settled.is_some() && copy.settled == under_way(copy);
+        let forgets = on(Mutant::SettleUnflushed) && known.copies.values().any(settled);
+        if forgets || on(Mutant::FenceWithoutFlush) {
+            return 0;
+        }
         for boot in &boots {
             self.medium(*boot, Owner::Change(volume), MediumOp::Flush);
         }
@@ -434,6 +444,7 @@ impl StorageServer {
         }
         known.learn_sessions(&map);
         known.copies.values_mut().for_each(|copy| copy.restore_all(&map));
+        known.storing_after = Some(known.stored());
         known.map = Some(map);
         let blob = known.blob();
         if let Some(change) = known.changes.front_mut() {
@@ -489,7 +500,10 @@ impl StorageServer {
             _ => ControlReply::Done,
         };
         match change.order {
-            Order::Serve(_) => self.map_stored(volume, change.missed),
+            Order::Serve(_) => {
+                self.known(volume).storing_after = None;
+                self.map_stored(volume, change.missed);
+            }
             Order::Put { copy, device } if !change.lost => {
                 let minted = self.devices.get(&device).map(|d| d.device);
                 if let Some(id) = minted {
@@ -589,7 +603,7 @@ fn next_stage(change: &Change) -> Stage {
         (_, Stage::Storing | Stage::Over) => Stage::Over,
         (Order::Fence(_), Stage::Draining) => Stage::Clearing,
         (Order::Fence(_), Stage::Clearing) => Stage::Marking,
-        (Order::Fence(fence), Stage::Marking) if fence.flush && !on(Mutant::FenceWithoutFlush) => Stage::Flushing,
+        (Order::Fence(fence), Stage::Marking) if fence.flush => Stage::Flushing,
         (Order::Fence(_), Stage::Marking | Stage::Flushing) => Stage::Promising,
         (Order::Fence(_), Stage::Promising) | (Order::Flush, _) => Stage::Over,
         (Order::Serve(_) | Order::Delete { .. } | Order::Put { .. }, _) => Stage::Storing,

@@ -73,7 +73,7 @@ impl StorageServer {
                 geometry.address_of(place.group, place.page, place.offset.saturating_add(place.length).max(1) - 1);
             Some((start, last + 1 - start))
         });
-        compare(&Facts {
+        let compared = compare(&Facts {
             map,
             promised: known.promised,
             superseded: handle.dead
@@ -84,7 +84,11 @@ impl StorageServer {
             opener: handle.opener,
             generation: header.generation,
             range,
-        })
+        });
+        match known.not_yet(header.generation) {
+            Some(own) => compared.and(Err(ReplyBody::Behind { own })),
+            None => compared,
+        }
     }
 
     /// What follows from a refusal beside the reply: a stale client is told to the operator, a server that is behind
@@ -96,7 +100,7 @@ impl StorageServer {
         };
         let own = self.volumes[&volume].stored();
         match reply {
-            ReplyBody::Behind { .. } => self.note_behind(volume, header.generation),
+            ReplyBody::Behind { .. } if header.generation > own => self.note_behind(volume, header.generation),
             ReplyBody::Stale { wait_for } => {
                 self.out.push(Output::StaleSeen(StaleSeen {
                     volume,

@@ -321,3 +321,23 @@ fn enospc_comes_only_from_reserve_and_leaves_nothing() {
     assert_eq!(reply.body, ReplyBody::Done);
     assert!(reply.header.credit > 0);
 }
+
+#[test]
+fn m2_nothing_is_served_under_a_map_before_it_is_durable() {
+    let mut net = Net::started(1);
+    let handle = net.open(0, 1, 1);
+    let map = net.map_with_boots(2, |_| {});
+    net.servers[0].medium.hold = true;
+    let call = net.control_later(0, ControlRequest::Serve { map: map.clone() });
+    net.run();
+    let behind = ReplyBody::Behind { own: Generation(1) };
+    net.send(0, handle, 2, write_at(0, 0), block(7));
+    net.run();
+    assert_eq!(net.replies.pop().unwrap().body, behind, "the map is on its way to the device");
+    assert_eq!(net.try_open(0, 2, Incarnation(1), OpenNumber(9)), behind);
+    net.servers[0].medium.hold = false;
+    net.run();
+    assert_eq!(net.answers[&call], ControlReply::Done);
+    assert_eq!(net.pushed, [Generation(2), Generation(2)], "to the open handle, and to whoever was ahead");
+    assert_eq!(net.ask(0, handle, 2, write_at(0, 0), block(7)).body, ReplyBody::Done);
+}

@@ -39,6 +39,8 @@ pub fn read_blob(bytes: &[u8]) -> Result<VolumeBlob, DecodeError> {
 pub(super) struct Volume {
     pub(super) promised: Generation,
     pub(super) map: Option<VolumeMap>,
+    /// The generation stored before, while the map is on its way to the devices: nothing is served under it yet (M2).
+    pub(super) storing_after: Option<Generation>,
     pub(super) sessions: BTreeMap<SessionId, KnownSession>,
     pub(super) copies: BTreeMap<CopyId, Copy>,
     /// Requests, marks and fills admitted and not finished: what a fence waits for (H19).
@@ -192,6 +194,11 @@ impl Volume {
     /// Generation of the stored map; 0 = none.
     pub(super) fn stored(&self) -> Generation {
         self.map.as_ref().map_or(Generation(0), |map| map.generation)
+    }
+
+    /// The generation under which nothing is served yet because it is not durable, if this is it: the one before (M2).
+    pub(super) fn not_yet(&self, generation: Generation) -> Option<Generation> {
+        self.storing_after.filter(|before| generation > *before)
     }
 
     /// The copies here that a map forces (I8): it lists one as `Active` under its own boot id, in a group whose loss it
