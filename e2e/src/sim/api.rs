@@ -22,6 +22,8 @@ pub(super) struct Store {
     pub(super) holder: Option<Process>,
     pub(super) renewed: u64,
     pub(super) lease_number: u64,
+    /// What each way of a call takes longer at most.
+    pub(super) extra_us: u64,
     /// Every map ever committed.
     pub(super) maps: BTreeMap<Generation, VolumeMap>,
     /// When the next word of a watch may come: watches are ordered.
@@ -62,6 +64,7 @@ impl Store {
             holder: None,
             renewed: 0,
             lease_number: 0,
+            extra_us: 0,
             maps: BTreeMap::new(),
             next_watch: BTreeMap::new(),
             sessions: 0,
@@ -147,8 +150,13 @@ impl World {
 
     pub(super) fn call_store(&mut self, process: Process, call: StoreCall) {
         let late = if self.dice.chance(1, 60) { self.dice.within(500_000, 5_000_000) } else { 0 };
-        let at = self.now + self.dice.within(300, 6_000) + late;
+        let at = self.now + self.dice.within(300, 6_000) + late + self.slow_way();
         self.queue.push(at, Event::StoreArrive { process, call });
+    }
+
+    fn slow_way(&mut self) -> u64 {
+        let extra_us = self.store.extra_us;
+        if extra_us > 0 { self.dice.within(0, extra_us) } else { 0 }
     }
 
     pub(super) fn store_arrive(&mut self, process: Process, call: StoreCall) {
@@ -156,7 +164,7 @@ impl World {
         let answer = arrives.then(|| self.carry_out(process, &call));
         let returns = arrives && !self.net.is_cut(Host::Api, process.host);
         let (wait, answer) = match answer.filter(|_| returns) {
-            Some(answer) => (self.dice.within(300, 6_000), Some(answer)),
+            Some(answer) => (self.dice.within(300, 6_000) + self.slow_way(), Some(answer)),
             None => (PATIENCE_US, unknown(&call)),
         };
         match answer {

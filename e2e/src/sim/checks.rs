@@ -11,8 +11,8 @@ use lamina_protocol::ids::{BootId, CopyId, Generation, Incarnation, SessionId};
 use lamina_protocol::layer::BlockState;
 use lamina_protocol::limits::SILENT_MEMBER_MS;
 use lamina_protocol::management::Status;
-use lamina_protocol::map::{Group, Layer, Member, MemberState, Settle, VolumeMap};
-use lamina_protocol::wire::{Place, ReplyBody, ReplyFrame, RequestBody, RequestFrame, RequestId};
+use lamina_protocol::map::{Group, Layer, Member, MemberState, Settle, Standing, VolumeMap};
+use lamina_protocol::wire::{Opener, Place, ReplyBody, ReplyFrame, RequestBody, RequestFrame, RequestId};
 use std::collections::BTreeMap;
 
 /// What the checks remember.
@@ -20,6 +20,10 @@ use std::collections::BTreeMap;
 pub(super) struct Checks {
     /// Places of reads under way at servers.
     reads: BTreeMap<(ConnIndex, RequestId), Place>,
+    /// Whose drivers' connections are.
+    sessions: BTreeMap<ConnIndex, SessionId>,
+    /// The generation under which each process of a server was last seen to serve, its map durable (M2).
+    served: BTreeMap<(usize, u32), Generation>,
 }
 
 impl World {
@@ -34,6 +38,10 @@ impl World {
             }
             RequestBody::Write { .. } | RequestBody::Discard { .. } | RequestBody::Flush => {}
             RequestBody::Fill { .. } | RequestBody::Settle { .. } => {}
+            RequestBody::Open { opener: Opener::Session { session }, .. } => {
+                self.checks.sessions.insert(conn, *session);
+                return;
+            }
             _ => return,
         }
         self.servers[n].requests.insert(key, frame.header.generation);
@@ -61,6 +69,8 @@ impl World {
             let what = format!("server {n} served a request of generation {generation} after it promised {promised}");
             return self.fail("I1", what);
         }
+        self.check_standing(n, conn, generation);
+        self.check_stored(n, generation);
         let Some(place) = place else { return };
         let Some(map) = self.store.maps.get(&generation) else {
             return self
@@ -73,6 +83,39 @@ impl World {
         if !serves {
             let what = format!("server {n} served a read of generation {generation} as {member:?}");
             self.fail("I8", what);
+        }
+    }
+
+    /// M5 and the comparator: what is served for a session is served under a map that admits it.
+    fn check_standing(&mut self, n: usize, conn: ConnIndex, generation: Generation) {
+        let Some(session) = self.checks.sessions.get(&conn).copied() else { return };
+        let Some(map) = self.store.maps.get(&generation) else { return };
+        let standing = map.session(session).map(|s| s.standing);
+        if standing != Some(Standing::Admitted) {
+            let what = format!("server {n} served session {:x} under generation {generation}: {standing:?}", session.0);
+            self.fail("standing (M5)", what);
+        }
+    }
+
+    /// I2, M2: a map is durable where it is served, for what is stored never goes down, restarts included.
+    fn check_stored(&mut self, n: usize, generation: Generation) {
+        let (host, id) = ((n, self.servers[n].epoch), self.servers[n].id);
+        if self.checks.served.get(&host) == Some(&generation) {
+            return;
+        }
+        self.checks.served.insert(host, generation);
+        let Some(map) = self.store.maps.get(&generation) else { return };
+        let serves = |m: &&Member| m.server == id && m.state != MemberState::Failed;
+        let boots: Vec<BootId> = map.members().filter(serves).map(|m| m.boot).collect();
+        let stored = |boot: &BootId| {
+            let disk = self.servers[n].disks.iter().find(|d| d.boot() == Some(*boot))?;
+            Some(disk.blob(VOLUME).and_then(|blob| blob.map).map_or(Generation(0), |map| map.generation))
+        };
+        if let Some(kept) = boots.iter().filter_map(stored).find(|kept| *kept < generation) {
+            self.fail(
+                "I2",
+                format!("server {n} serves under generation {generation}, of which durable is {kept} (M2)"),
+            );
         }
     }
 

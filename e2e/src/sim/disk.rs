@@ -137,6 +137,8 @@ pub(super) struct Disk {
     pub(super) failing: Option<Failing>,
     /// Every stamp that a write put into a copy, for I1.
     pub(super) written: std::collections::BTreeSet<(CopyId, u64)>,
+    /// A page was called synced whose filled blocks a crash would make stale again (H11c).
+    pub(super) synced_early: Option<PageKey>,
 }
 
 /// How an operation ends.
@@ -163,6 +165,7 @@ impl Disk {
             opening: None,
             failing: None,
             written: Default::default(),
+            synced_early: None,
         }
     }
 

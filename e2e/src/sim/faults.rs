@@ -72,6 +72,10 @@ impl World {
                 self.servers[*server].extra_us = *extra_us;
                 self.queue.push(self.now + ms * 1_000, Event::Heal(n));
             }
+            Fault::SlowApi { extra_us, ms } => {
+                self.store.extra_us = *extra_us;
+                self.queue.push(self.now + ms * 1_000, Event::Heal(n));
+            }
             Fault::Leave { server, down_ms } => {
                 self.servers[*server].leaving = true;
                 self.server_input(*server, storage_server::Input::Leave);
@@ -144,6 +148,7 @@ impl World {
                 self.tell_watchers();
             }
             Fault::SlowDisk { server, .. } => self.servers[server].extra_us = 0,
+            Fault::SlowApi { .. } => self.store.extra_us = 0,
             Fault::Leave { server, down_ms } => self.stop_server(server, Cut::Process, down_ms * 1_000),
             _ => {}
         }
@@ -216,6 +221,7 @@ impl World {
         self.healed = true;
         self.armed.clear();
         self.timed.clear();
+        self.store.extra_us = 0;
         for fault in std::mem::take(&mut self.injected) {
             if let Fault::Cut { from, to, both, .. } = fault {
                 self.uncut(&from, &to, both);

@@ -200,6 +200,13 @@ pub enum Fault {
         /// Milliseconds.
         ms: u64,
     },
+    /// Every call to the API server takes longer, each way.
+    SlowApi {
+        /// By so much at most, microseconds.
+        extra_us: u64,
+        /// Milliseconds.
+        ms: u64,
+    },
     /// A server is asked to stop (SIGTERM), is killed some time later, and comes back.
     Leave {
         /// Which.
@@ -309,6 +316,9 @@ impl fmt::Display for Fault {
             Self::SlowDisk { server, extra_us, ms } => {
                 write!(f, "disks of server {server} take {extra_us} us longer for {ms} ms")
             }
+            Self::SlowApi { extra_us, ms } => {
+                write!(f, "calls to the API server take {extra_us} us longer for {ms} ms")
+            }
             Self::Leave { server, down_ms } => {
                 write!(f, "server {server} asks to leave, is killed, back after {down_ms} ms")
             }
@@ -342,6 +352,7 @@ impl Fault {
             Self::Rot { .. } => "rotted block",
             Self::BlankDisk { .. } => "blank disk",
             Self::SlowDisk { .. } => "slow disk",
+            Self::SlowApi { .. } => "slow API server",
             Self::Leave { .. } => "server asked to stop",
         }
     }

@@ -119,6 +119,11 @@ impl Register {
         self.bad_blocks = true;
     }
 
+    /// Whether a block rotted in this run.
+    pub(super) fn has_rot(&self) -> bool {
+        self.bad_blocks
+    }
+
     /// An application asks; the stamps of the blocks that a write writes.
     pub(super) fn ask(&mut self, tag: u64, session: SessionId, ask: Ask) -> Vec<u64> {
         let invoked = self.tick();

@@ -246,7 +246,13 @@ impl World {
     pub(super) fn disk_done(&mut self, process: Process, disk: usize, boot: BootId, op: OpId) {
         let Host::Server(n) = process.host else { return };
         let found = &mut self.servers[n].disks[disk];
-        match found.complete(boot, op) {
+        let ended = found.complete(boot, op);
+        // A block that its source has stale stays stale, whatever a client writes there (R12).
+        if let Some(page) = found.synced_early.take().filter(|_| !self.register.has_rot()) {
+            self.fail("H11c", format!("server {n} calls a page synced whose filled blocks are not durable: {page:?}"));
+        }
+        let found = &mut self.servers[n].disks[disk];
+        match ended {
             Ended::Nothing => {}
             Ended::Answer(answer) => {
                 let free_bytes = found.free_bytes();

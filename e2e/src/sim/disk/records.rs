@@ -40,7 +40,10 @@ impl Disk {
                 make_stale(p);
                 p.unsynced = true;
             }),
-            Record::ClearUnsynced(page) => self.with_page(page, |p| p.unsynced = false),
+            Record::ClearUnsynced(page) => {
+                self.look_at_synced(page);
+                self.with_page(page, |p| p.unsynced = false);
+            }
             Record::Stale { page, blocks } => self.with_page(page, |p| {
                 for block in blocks {
                     p.cells[block as usize].for_all(Version::become_stale);
@@ -61,7 +64,16 @@ impl Disk {
                 }
                 self.set_cursor(copy, layer, u64::MAX);
             }
-            Record::Cursor { copy, layer, cursor } => self.set_cursor(copy, layer, cursor),
+            Record::Cursor { copy, layer, cursor } => {
+                let layers = self.copies.get(&copy).into_iter().flat_map(|c| &c.layers);
+                let from = layers.filter(|l| l.layer == layer).map(|l| l.cursor).next().unwrap_or(cursor);
+                let keys = self.pages.keys().filter(|k| k.copy == copy && k.layer == layer);
+                let passed = keys.filter(|k| (from..cursor).contains(&k.page)).copied();
+                for page in passed.collect::<Vec<_>>() {
+                    self.look_at_synced(page);
+                }
+                self.set_cursor(copy, layer, cursor);
+            }
             Record::PutCopy(mut put) => {
                 if let Some(old) = self.copies.get(&put.copy) {
                     for layer in &mut put.layers {
@@ -94,6 +106,14 @@ impl Disk {
             if !page.has_entry() {
                 self.pages.remove(&key);
             }
+        }
+    }
+
+    /// H11c: what a fill made of the stale blocks of a page is durable before the page is synced.
+    fn look_at_synced(&mut self, key: PageKey) {
+        let volatile = |cell: &Cell| cell.durable.state == BlockState::Stale && !cell.later.is_empty();
+        if self.pages.get(&key).is_some_and(|page| page.cells.iter().any(volatile)) {
+            self.synced_early = Some(key);
         }
     }
 

@@ -6,7 +6,9 @@ use crate::sim::dice::Dice;
 use crate::sim::event::Host;
 use lamina_protocol::management::Step as LeaderStep;
 
+mod copies;
 pub(super) mod crash_points;
+mod leaders;
 
 const SECOND: u64 = 1_000_000;
 /// When the trouble begins: the volume is made, attached and written by then.
@@ -15,16 +17,28 @@ const BEGIN: u64 = 6 * SECOND;
 /// A cluster and what is done with it, in any order.
 pub(super) fn plan(dice: &mut Dice) -> (Setup, Vec<Step>) {
     let mut scene = Scene { setup: setup(dice), steps: Vec::new() };
-    match dice.below(16) {
-        0..=2 => scene.lease(dice),
-        3 => scene.late_word(dice),
-        4..=5 => scene.late_commands(dice),
-        6..=8 => scene.late_commit(dice),
-        9..=10 => scene.two_successors(dice),
-        11 => scene.crash_after(dice, Moment::Filled),
-        12 => scene.crash_after(dice, Moment::SettleOver),
-        13..=14 => scene.undone(dice),
-        _ => scene.successors(dice),
+    match dice.below(32) {
+        0..=1 => scene.lease(dice),
+        2 => scene.late_word(dice),
+        3..=4 => scene.late_commands(dice),
+        5 => scene.late_commit(dice),
+        6..=8 => scene.two_successors(dice),
+        9 => scene.crash_after(dice, Moment::Filled),
+        10 => scene.crash_after(dice, Moment::SettleOver),
+        11..=13 => scene.undone(dice),
+        14 => scene.successors(dice),
+        15..=16 => scene.two_leaders(dice),
+        17..=18 => scene.given_up(dice),
+        19 => scene.sleeper(dice),
+        20..=21 => scene.broken_often(dice),
+        22..=23 => scene.half_settled(dice),
+        24 => scene.half_written(dice),
+        25..=26 => scene.filled_with_pending(dice),
+        27 => scene.settled_and_away(dice),
+        28 => scene.handled(dice),
+        29 => scene.flushed_past(dice),
+        30 => scene.written_while_filled(dice),
+        _ => scene.rotten(dice),
     }
     (scene.setup, scene.steps)
 }
@@ -52,6 +66,15 @@ fn setup(dice: &mut Dice) -> Setup {
         flaky: 0,
         heal_at_us: 32 * SECOND,
     }
+}
+
+/// Trouble so long after a moment, when that comes next.
+fn timed(moment: Moment, later_us: u64, fault: Fault) -> Fault {
+    Fault::When { moment, times: 1, later_us, fault: Box::new(fault) }
+}
+
+fn both(one: Fault, other: Fault) -> Fault {
+    Fault::Both { one: Box::new(one), other: Box::new(other) }
 }
 
 struct Scene {
@@ -167,7 +190,7 @@ impl Scene {
         let leader = dice.index(2);
         let steps = [LeaderStep::Intended, LeaderStep::CopiesPut, LeaderStep::CopiesPut, LeaderStep::FirstPromise];
         let moment = Moment::Leader(steps[dice.index(4)]);
-        let timed = |later_us, fault| Fault::When { moment, times: 1, later_us, fault: Box::new(fault) };
+        let timed = |later_us, fault| timed(moment, later_us, fault);
         let armed = BEGIN + dice.within(5 * SECOND, 8 * SECOND);
         let freeze = Fault::Freeze { host: Host::Operator(leader), ms: dice.within(800, 5_000) };
         self.fault(armed, timed(dice.within(0, 2_000), freeze));
