@@ -31,6 +31,7 @@ mod compare;
 mod contract;
 mod fill;
 mod handles;
+mod map_step;
 pub mod medium;
 mod mend;
 mod missed;

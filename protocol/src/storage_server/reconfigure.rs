@@ -8,7 +8,8 @@
 //! way is waited for. It is answered only when it is durable. Orders for one volume are carried out one after another.
 
 use super::contract::{CallId, Output};
-use super::medium::{CopyRecord, LayerRecord, MAX_COMMIT_RECORDS, MediumAnswer, MediumOp, Record};
+use super::map_step::MapStep;
+use super::medium::{CopyRecord, LayerRecord, MediumAnswer, MediumOp, Record};
 use super::pending::end_of_settle;
 use super::report::settle_in;
 use super::volume::{Copy, Volume};
@@ -548,40 +549,6 @@ impl StorageServer {
         let Some((placement, group, _)) = map.place_of(copy) else { return 0 };
         let layer = map.layers.iter().find(|l| l.id == layer && l.placement == placement);
         layer.map_or(0, |layer| map.geometry(layer).pages(group))
-    }
-}
-
-/// What storing a map makes durable on one device.
-#[derive(Debug, Default)]
-struct MapStep {
-    /// May be durable although the map is not.
-    before: Vec<Record>,
-    /// Stands and falls with the map.
-    with: Vec<Record>,
-    /// Only when the map is durable.
-    after: Vec<Record>,
-}
-
-impl MapStep {
-    /// I8: layers that are trusted with the map, flags of pages that go when it is there.
-    fn trust(&mut self, records: Vec<Record>) {
-        let (layers, flags) = records.into_iter().partition(|r| matches!(r, Record::TrustLayer { .. }));
-        let (mut layers, mut flags): (Vec<Record>, Vec<Record>) = (layers, flags);
-        self.with.append(&mut layers);
-        self.after.append(&mut flags);
-    }
-
-    /// One commit, or several if it is too long.
-    fn commits(mut self, map: Option<Record>) -> Vec<Vec<Record>> {
-        self.with.extend(map);
-        if self.before.len() + self.with.len() + self.after.len() <= MAX_COMMIT_RECORDS {
-            self.before.append(&mut self.with);
-            self.before.append(&mut self.after);
-            return vec![self.before];
-        }
-        let pieces =
-            |records: Vec<Record>| records.chunks(MAX_COMMIT_RECORDS).map(<[Record]>::to_vec).collect::<Vec<_>>();
-        [pieces(self.before), vec![self.with], pieces(self.after)].concat()
     }
 }
 
