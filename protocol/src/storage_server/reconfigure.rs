@@ -9,7 +9,7 @@
 
 use super::contract::{CallId, Output};
 use super::map_step::MapStep;
-use super::medium::{CopyRecord, LayerRecord, MediumAnswer, MediumOp, Record};
+use super::medium::{CopyRecord, LayerRecord, MAX_COMMIT_RECORDS, MediumAnswer, MediumOp, Record};
 use super::pending::end_of_settle;
 use super::report::settle_in;
 use super::volume::{Copy, Volume};
