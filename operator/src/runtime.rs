@@ -8,7 +8,9 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use lamina_protocol::ids::{ClusterId, ServerId, VolumeId};
-use lamina_protocol::management::{CallId, Config, Input, Leader, Source, Status, Step, VolumeObject, Written};
+use lamina_protocol::management::{
+    CallId, Config, FillBudget, Input, Leader, Source, Status, Step, VolumeObject, Written,
+};
 use lamina_protocol::time::Millis;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -36,6 +38,8 @@ pub struct Options {
     pub cluster: ClusterId,
     /// Mints ids.
     pub mint: fn() -> u128,
+    /// What fills of all volumes may take together.
+    pub fill_budget: FillBudget,
     /// Dies there: for tests of what a successor finds.
     pub die_at: Option<FailPoint>,
     /// What is counted.
@@ -157,7 +161,8 @@ struct Died(Step);
 
 impl Runtime {
     fn new(options: Options, store: Arc<dyn Store>, words: mpsc::Sender<Word>, notices: mpsc::Sender<Notice>) -> Self {
-        let leader = Leader::new(Config::new(options.cluster, Box::new(options.mint)));
+        let config = Config::new(options.cluster, Box::new(options.mint));
+        let leader = Leader::new(Config { fill_budget: options.fill_budget, ..config });
         Self {
             leader,
             options,

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Args;
+use lamina_crds::size::Size;
 use lamina_operator::directory::files::Files;
 use lamina_operator::directory::{Directory, Replacing};
 use lamina_operator::front::Front;
@@ -16,6 +17,7 @@ use lamina_operator::metrics::Metrics;
 use lamina_operator::runtime::{self, Ended, FailPoint, Options};
 use lamina_operator::store::StoreError;
 use lamina_operator::{admin, csi, kubernetes, mint};
+use lamina_protocol::management::FillBudget;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_stream::wrappers::TcpListenerStream;
@@ -57,6 +59,13 @@ pub(crate) struct Arguments {
     /// Address under which others reach this replica.
     #[arg(long, env = "POD_IP", default_value = "127.0.0.1")]
     pod_ip: std::net::IpAddr,
+    /// Bytes per second that all copies being filled may take together in the whole cluster, 1Mi to 1Ti, such as 1Gi. Left
+    /// out = no limit but that of policies, and that client requests go first.
+    #[arg(long, value_name = "SIZE", value_parser = bytes_per_second)]
+    fill_limit: Option<u64>,
+    /// The same for those that one storage server fills, of all volumes together.
+    #[arg(long, value_name = "SIZE", value_parser = bytes_per_second)]
+    server_fill_limit: Option<u64>,
     /// What is logged, such as info or lamina_operator=debug.
     #[arg(long, env = "LAMINA_LOG", default_value = "info")]
     log: String,
@@ -77,6 +86,13 @@ struct Wired {
     metrics: Metrics,
     stop: watch::Receiver<bool>,
     die_at: Option<FailPoint>,
+    fill_budget: FillBudget,
+}
+
+/// A limit of fills; less would leave volumes without their copies for weeks.
+fn bytes_per_second(text: &str) -> Result<u64, String> {
+    let bytes = text.parse::<Size>().and_then(|size| size.bytes()).map_err(|why| why.to_string())?;
+    if (1 << 20..=1 << 40).contains(&bytes) { Ok(bytes) } else { Err("not between 1Mi and 1Ti".to_owned()) }
 }
 
 pub(crate) async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
@@ -89,7 +105,12 @@ pub(crate) async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         tracing::info!("stops");
         let _ = stopping.send(true);
     });
-    let wired = Wired { front: Front::default(), metrics: Metrics::default(), stop, die_at: arguments.die_at };
+    let fill_budget = FillBudget {
+        server_bytes_per_second: arguments.server_fill_limit.unwrap_or(0),
+        cluster_bytes_per_second: arguments.fill_limit.unwrap_or(0),
+    };
+    let die_at = arguments.die_at;
+    let wired = Wired { front: Front::default(), metrics: Metrics::default(), stop, die_at, fill_budget };
     if let Some(address) = arguments.metrics {
         let listener = TcpListener::bind(address).await.with_context(|| format!("--metrics {address}"))?;
         tokio::spawn(axum::serve(listener, wired.metrics.router()).into_future());
@@ -122,6 +143,7 @@ fn options(wired: &Wired, cluster: lamina_protocol::ids::ClusterId) -> Options {
     Options {
         cluster,
         mint,
+        fill_budget: wired.fill_budget,
         die_at: wired.die_at,
         metrics: wired.metrics.clone(),
         front: wired.front.clone(),

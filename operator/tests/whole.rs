@@ -24,6 +24,7 @@ use lamina_operator::front::Front;
 use lamina_operator::metrics::Metrics;
 use lamina_operator::runtime::{FailPoint, Options};
 use lamina_protocol::ids::ClusterId;
+use lamina_protocol::management::FillBudget;
 use tokio::sync::watch;
 
 /// Everything is done long before; a machine under load is slow.
@@ -36,5 +37,6 @@ fn options(cluster: ClusterId, die_at: Option<FailPoint>) -> (Options, watch::Se
     let _ = tracing_subscriber::fmt().with_env_filter(filter).with_test_writer().try_init();
     let (stopping, stop) = watch::channel(false);
     let (metrics, front) = (Metrics::default(), Front::default());
-    (Options { cluster, mint: lamina_operator::mint, die_at, metrics, front, stop }, stopping)
+    let (mint, fill_budget) = (lamina_operator::mint as fn() -> u128, FillBudget::default());
+    (Options { cluster, mint, fill_budget, die_at, metrics, front, stop }, stopping)
 }

@@ -68,8 +68,8 @@ pub enum ControlRequest {
     },
     /// Every copy on this server (orphans, R6, R14).
     Inventory,
-    /// How much fills of this volume may take here, from now on; forgotten with the process. No generation: it decides
-    /// nothing but a pace.
+    /// How much the fill of each copy of this volume may take here, from now on; forgotten with the process. No generation:
+    /// it decides nothing but a pace.
     LimitFills {
         /// Whose.
         volume: VolumeId,
@@ -85,7 +85,7 @@ pub enum ControlRequest {
     },
 }
 
-/// What fills of one volume may take at one server.
+/// What the fill of one copy may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct FillLimit {
     /// Bytes per second that are pulled; 0 = no limit but that client requests go first.

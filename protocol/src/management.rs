@@ -52,6 +52,7 @@ pub use object::{
     Force, Forced, Guard, MAX_FORCED, NewCopy, Policy, Proposal, Purpose, RetiredCopy, SessionState, SessionWish,
     Status, VolumeObject, Wishes, WriteKind, ZoneSpread,
 };
+pub use pace::FillBudget;
 
 /// A call that was not answered for so long is forgotten, milliseconds.
 const FORGET_CALL_MS: u64 = 60_000;
@@ -64,6 +65,9 @@ pub struct Leader {
     volumes: BTreeMap<VolumeId, Volume>,
     /// Bytes promised on servers, by volume.
     rooms: BTreeMap<VolumeId, Vec<(ServerId, u64)>>,
+    /// Copies that are filled, by volume: they share a budget.
+    filling: BTreeMap<VolumeId, pace::Filling>,
+    paces_due: bool,
     calls: Calls,
     lease: Lease,
     rounds: reach::Rounds,
@@ -84,6 +88,8 @@ impl Leader {
             servers: Servers::default(),
             volumes: BTreeMap::new(),
             rooms: BTreeMap::new(),
+            filling: BTreeMap::new(),
+            paces_due: false,
             calls: Calls::default(),
             lease: Lease::default(),
             rounds: reach::Rounds::default(),
@@ -126,6 +132,9 @@ impl Leader {
                 self.view_due = true;
             }
         }
+        if self.listed && std::mem::take(&mut self.paces_due) && self.config.fill_budget != FillBudget::default() {
+            self.pace_fills(now, out);
+        }
         if std::mem::take(&mut self.view_due) {
             self.view_servers(now, out);
         }
@@ -144,6 +153,7 @@ impl Leader {
                 self.volumes.remove(&volume);
                 self.rooms.remove(&volume);
                 self.wakes.remove(&volume);
+                self.paces_due |= self.filling.remove(&volume).is_some();
                 Concerned::All
             }
             Input::Written { call, outcome } => self.take_written(now, call, outcome, out),
@@ -189,9 +199,7 @@ impl Leader {
                 self.volumes.insert(id, Volume::new(object, now));
             }
         }
-        if let Some(volume) = self.volumes.get(&id) {
-            self.rooms.insert(id, volume.rooms());
-        }
+        self.count(id);
         Concerned::Volume(id)
     }
 
@@ -346,12 +354,31 @@ impl Leader {
     fn advance(&mut self, now: Millis, id: VolumeId, out: &mut Vec<Output>) {
         let wake = self.with(now, id, out, |volume, world| volume.advance(world));
         self.wakes.insert(id, wake.max(now.after(1)));
+        self.count(id);
         if let Some(volume) = self.volumes.get_mut(&id) {
-            self.rooms.insert(id, volume.rooms());
             self.view_due |= volume.viewed != volume.status().generation;
             volume.viewed = volume.status().generation;
         } else {
             self.wakes.remove(&id);
+        }
+    }
+
+    /// What a volume takes of what it shares with others.
+    fn count(&mut self, id: VolumeId) {
+        let Some(volume) = self.volumes.get(&id) else { return };
+        self.rooms.insert(id, volume.rooms());
+        let filling = volume.filling();
+        let before =
+            if filling.is_empty() { self.filling.remove(&id) } else { self.filling.insert(id, filling.clone()) };
+        self.paces_due |= before.unwrap_or_default() != filling;
+    }
+
+    /// Fills began or ended: the others' shares of the budget change.
+    fn pace_fills(&mut self, now: Millis, out: &mut Vec<Output>) {
+        let ids: Vec<_> = self.filling.keys().copied().collect();
+        for id in ids {
+            let wake = self.with(now, id, out, |volume, world| volume.limit_fills(world));
+            self.wakes.entry(id).and_modify(|at| *at = wake.min(*at)).or_insert(wake);
         }
     }
 
@@ -370,6 +397,8 @@ impl Leader {
             calls: &mut self.calls,
             mint: &mut *self.config.ids,
             rooms: &self.rooms,
+            filling: &self.filling,
+            fill_budget: self.config.fill_budget,
             inventories: &self.inventories,
             restored: self.lease.restored,
             out,

@@ -27,6 +27,8 @@ mod outages;
 mod sanity;
 #[path = "cluster/stage.rs"]
 mod stage;
+#[path = "cluster/steady.rs"]
+mod steady;
 #[path = "cluster/story.rs"]
 mod story;
 #[path = "cluster/volumes.rs"]
@@ -47,6 +49,7 @@ const CASES: &[Case] = &[
     Case("no_program_may_do_more_than_it_needs", Needs::Cluster, chart::rights_are_narrow),
     Case("network_policies_admit_only_laminas_pods", Needs::Cluster, chart::policies_admit_only_own_pods),
     Case("a_claim_waits_for_its_first_consumer", Needs::Programs, volumes::claim_waits),
+    Case("the_first_copy_lies_where_the_class_allows_it", Needs::Programs, volumes::allowed_topologies),
     Case("a_pod_uses_ext4", Needs::Programs, volumes::ext4),
     Case("a_pod_uses_xfs_and_grows_it_online", Needs::Programs, volumes::xfs_grows),
     Case("a_pod_uses_a_raw_block_device", Needs::Programs, volumes::block),
@@ -54,6 +57,11 @@ const CASES: &[Case] = &[
     Case("a_volume_written_by_hand_becomes_a_persistent_volume", Needs::Programs, volumes::by_hand),
     Case("a_volume_in_use_is_not_deleted_and_then_frees_its_copies", Needs::Programs, volumes::deletion),
     Case("ext4_grows_at_the_next_stage", Needs::Programs, volumes::ext4_grows_at_the_next_stage),
+    Case(
+        "steady_io_sends_nothing_to_the_operator_or_the_api_server",
+        Needs::Programs,
+        steady::io_is_between_driver_and_servers_alone,
+    ),
     Case("csi_sanity_passes_whole", Needs::Programs, sanity::passes_whole),
     Case(
         "a_node_plugin_killed_or_replaced_with_another_image_costs_fio_no_error",

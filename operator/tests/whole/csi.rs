@@ -2,7 +2,8 @@
 //! in two, and what it says of a volume in use.
 
 use k8s_openapi::api::core::v1::{Node, PersistentVolume};
-use kube::api::{Api, PostParams};
+use kube::api::{Api, Patch, PatchParams, PostParams};
+use lamina_crds::{StorageServer, Volume};
 use lamina_csi_api::context::PublishContext;
 use lamina_csi_api::v1;
 use lamina_csi_api::v1::controller_server::Controller;
@@ -211,5 +212,59 @@ async fn the_same_call_with_other_parameters_is_refused_and_a_volume_in_use_name
     Api::<PersistentVolume>::all(cluster.client.clone()).create(&PostParams::default(), &pv).await.unwrap();
     let refusal = make(&service, Call::Delete, &volume.volume_id).await.unwrap_err();
     assert_eq!(refusal.message(), format!("PersistentVolume pv-1, claim default/data: {in_use}"));
+    leader.stop().await;
+}
+
+/// Topologies, best first: the last part of a key, and a value.
+type Places = &'static [(&'static str, &'static str)];
+
+/// The volume made for a claim whose class, or whose first consumer, allows these places.
+async fn made_at(service: &ControllerService, name: &str, places: Places) -> String {
+    let topology = |(key, value): &(&str, &str)| v1::Topology {
+        segments: HashMap::from([(format!("topology.lamina.dev/{key}"), (*value).to_owned())]),
+    };
+    let preferred: Vec<_> = places.iter().map(topology).collect();
+    let mut requisite = preferred.clone();
+    requisite.reverse();
+    let request = v1::CreateVolumeRequest {
+        name: name.into(),
+        capacity_range: range(16 << 20),
+        volume_capabilities: vec![capability(Mode::SingleNodeWriter)],
+        parameters: HashMap::from([("policy".to_owned(), "two".to_owned())]),
+        accessibility_requirements: Some(v1::TopologyRequirement { requisite, preferred }),
+        ..Default::default()
+    };
+    let volume = service.create_volume(Request::new(request)).await.unwrap().into_inner().volume.unwrap();
+    assert!(volume.accessible_topology.is_empty(), "every node can attach it");
+    volume.volume_id
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_copy_of_each_group_lies_where_the_allowed_topologies_say() {
+    let test = "the_first_copy_of_each_group_lies_where_the_allowed_topologies_say";
+    let Some(cluster) = Cluster::start(test, 3).await else { return };
+    let servers: Api<StorageServer> = Api::all(cluster.client.clone());
+    let east = Patch::Merge(json!({"spec": {"zone": "east"}}));
+    servers.patch("node-1", &PatchParams::default(), &east).await.unwrap();
+    let leader = cluster.replica("a", None);
+    let service = ControllerService::new(cluster.client.clone(), lamina_operator::mint);
+    let cases: [(&str, Places, usize); 4] = [
+        ("one-node", &[("node", "node-2")], 2),
+        ("one-zone", &[("zone", "east")], 1),
+        ("best-first", &[("node", "node-0"), ("node", "node-2")], 0),
+        ("a-node-without-storage-in-a-zone", &[("node", "worker-east")], 1),
+    ];
+    let worker = json!({"metadata": {"name": "worker-east", "labels": {"topology.kubernetes.io/zone": "east"}}});
+    let nodes: Api<Node> = Api::all(cluster.client.clone());
+    nodes.create(&PostParams::default(), &serde_json::from_value(worker).unwrap()).await.unwrap();
+    for (name, places, server) in cases {
+        let id = made_at(&service, name, places).await;
+        let volumes = cluster.volumes().list(&Default::default()).await.unwrap().items;
+        let is = |v: &&Volume| v.status.as_ref().and_then(|s| s.volume_id.as_ref()).is_some_and(|of| of.0 == id);
+        let map = volumes.iter().find(is).unwrap().status.as_ref().unwrap().map.clone().unwrap();
+        let first: Vec<_> = map.placements.iter().flat_map(|p| &p.groups).map(|g| &g.members[0].server.0).collect();
+        let wanted = servers.get(&format!("node-{server}")).await.unwrap().status.unwrap().server_id.unwrap().0;
+        assert_eq!(first, [&wanted, &wanted], "{name}: both groups begin on node-{server}");
+    }
     leader.stop().await;
 }

@@ -2,6 +2,7 @@
 
 use super::condition::{Condition, Event, Veto};
 use super::object::{Guard, Status, VolumeObject, WriteKind};
+use super::pace::FillBudget;
 use crate::control::{ControlReply, ControlRequest, CopyProgress, DriverReport};
 use crate::ids::{ClusterId, CopyId, Generation, ServerId, VolumeId};
 use crate::limits::{HEARTBEAT_FAILED_MS, HEARTBEAT_MS};
@@ -18,12 +19,15 @@ pub struct Config {
     pub heartbeat_ms: u64,
     /// A server silent for so long has failed, milliseconds.
     pub heartbeat_failed_ms: u64,
+    /// What fills of all volumes may take together.
+    pub fill_budget: FillBudget,
 }
 
 impl Config {
-    /// The usual times.
+    /// The usual times, no limit on fills but those of policies.
     pub fn new(cluster: ClusterId, ids: Box<dyn FnMut() -> u128 + Send>) -> Self {
-        Self { cluster, ids, heartbeat_ms: HEARTBEAT_MS, heartbeat_failed_ms: HEARTBEAT_FAILED_MS }
+        let fill_budget = FillBudget::default();
+        Self { cluster, ids, heartbeat_ms: HEARTBEAT_MS, heartbeat_failed_ms: HEARTBEAT_FAILED_MS, fill_budget }
     }
 }
 

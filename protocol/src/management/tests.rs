@@ -6,6 +6,7 @@ mod fake;
 mod force;
 mod leaders;
 mod loss;
+mod paces;
 mod plans;
 mod restored;
 mod shape;

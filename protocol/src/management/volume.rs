@@ -7,7 +7,7 @@ use super::condition::{Condition, Event, EventReason};
 use super::diverged::Doubt;
 use super::heartbeat::Servers;
 use super::object::{Guard, Purpose, Status, VolumeObject, WriteKind};
-use super::pace::Pace;
+use super::pace::{FillBudget, Filling, Pace};
 use super::reconfigure::Change;
 use super::serve::{Deleting, Served};
 use super::{CallId, Output, Source, Step, Written};
@@ -70,6 +70,9 @@ pub(super) struct World<'a> {
     pub(super) mint: &'a mut (dyn FnMut() -> u128 + Send),
     /// Bytes promised on servers, by volume.
     pub(super) rooms: &'a BTreeMap<VolumeId, Vec<(ServerId, u64)>>,
+    /// Copies that are filled, by volume, as of when each volume was looked at last.
+    pub(super) filling: &'a BTreeMap<VolumeId, Filling>,
+    pub(super) fill_budget: FillBudget,
     pub(super) inventories: &'a BTreeMap<ServerId, Inventory>,
     /// A number of the Lease above the one found was heard: every server is asked before a change (R6).
     pub(super) restored: bool,

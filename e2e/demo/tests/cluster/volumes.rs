@@ -27,6 +27,34 @@ pub(crate) fn claim_waits(stage: &Stage) {
     );
 }
 
+const ON_N3: &str = "apiVersion: storage.k8s.io/v1
+kind: StorageClass
+metadata: {name: lamina-n3}
+provisioner: csi.lamina.dev
+volumeBindingMode: Immediate
+allowedTopologies:
+- matchLabelExpressions: [{key: topology.lamina.dev/node, values: [n3]}]
+parameters: {policy: demo}
+";
+
+pub(crate) fn allowed_topologies(stage: &Stage) {
+    stage.cluster.apply(ON_N3).unwrap();
+    stage.cluster.apply(&claim("there", "64Mi", "Filesystem", "lamina-n3")).unwrap();
+    // No pod yet: the class alone says where.
+    stage.await_that("the claim to be bound", 60, || {
+        stage.kubectl("get pvc there -o jsonpath={.status.phase}") == "Bound"
+    });
+    let volume = kube::volume_of_claim(&stage.cluster, "there").unwrap();
+    let near = kube::servers(&stage.cluster).unwrap().into_iter().find(|server| server.metadata.name == "n3").unwrap();
+    let map = volume.status.map.as_ref().unwrap();
+    for group in map.placements.iter().flat_map(|placement| &placement.groups) {
+        assert_eq!(group.members[0].server, near.status.server_id, "the first copy lies there: {}", volume.in_short());
+    }
+    // Every node can attach it all the same.
+    stage.cluster.apply(&pod("there", "there", false, "n1")).unwrap();
+    assert_eq!(stage.await_pod("there", "").spec.node_name, "n1");
+}
+
 pub(crate) fn ext4(stage: &Stage) {
     filesystem(stage, "lamina-demo", "ext4", "64Mi");
 }
