@@ -20,6 +20,7 @@ use lamina_protocol::control::DriverReport;
 use lamina_protocol::driver::Config;
 use lamina_protocol::ids::{ClusterId, VolumeId};
 use lamina_protocol::limits::KEPT_WRITES_BYTES;
+use lamina_protocol::management::FillBudget;
 use lamina_protocol::map::{MemberState, Settle, VolumeMap};
 use lamina_protocol::wire::Start;
 use process::Process;
@@ -58,7 +59,16 @@ impl Operator {
         let front = Front::default();
         let metrics = lamina_operator::metrics::Metrics::default();
         let mint = lamina_operator::mint;
-        let options = operator::Options { cluster: CLUSTER, mint, die_at: None, metrics, front: front.clone(), stop };
+        let fill_budget = FillBudget::default();
+        let options = operator::Options {
+            cluster: CLUSTER,
+            mint,
+            fill_budget,
+            die_at: None,
+            metrics,
+            front: front.clone(),
+            stop,
+        };
         alone.spawn(operator::run(options, Arc::new(directory.clone()), changes));
         Self { alone: Some(alone), admin: admin::Verbs::new(directory, mint), front, _stop: stopping }
     }

@@ -10,8 +10,10 @@ use crate::faults::daemon;
 use crate::load::Load;
 use crate::stage::Stage;
 
-/// For so long nothing may be said. No watch is made anew so soon: the API server ends one after five minutes or more.
-const COUNTED: Duration = Duration::from_secs(15);
+/// For so long nothing is said. Kubernetes looks at volumes once a minute, with I/O and without, and space in use is told
+/// once a minute: whatever I/O itself sent would be in each of some windows of this length.
+const WINDOW: Duration = Duration::from_secs(12);
+const WINDOWS: u32 = 12;
 
 /// Bytes sent over each connection of a pod, by its two ends.
 fn sent(stage: &Stage, pod: &lamina_demo::objects::Pod) -> BTreeMap<(String, String), u64> {
@@ -37,8 +39,7 @@ fn addresses(stage: &Stage, component: &str) -> Vec<String> {
 }
 
 /// Requests for Lamina's objects that the API server ever took, by resource and verb; a watch is one for as long as it lasts.
-/// Apart from them: words about a server's space in use, which follows what was written once within a minute.
-fn requests(stage: &Stage) -> (BTreeMap<String, u64>, u64) {
+fn requests(stage: &Stage) -> BTreeMap<String, u64> {
     let metrics = stage.kubectl("get --raw /metrics");
     let ours = metrics.lines().filter(|line| {
         line.starts_with("apiserver_request_total{")
@@ -46,52 +47,58 @@ fn requests(stage: &Stage) -> (BTreeMap<String, u64>, u64) {
             && !line.contains("verb=\"WATCH\"")
     });
     let one = |line: &str| line.rsplit_once(' ').map(|(what, count)| (what.to_owned(), count.parse().unwrap()));
-    let of_space = |(what, _): &(String, u64)| {
-        what.contains("resource=\"storageservers\"") && what.contains("subresource=\"status\",verb=\"APPLY\"")
-    };
-    let (space, rest): (Vec<_>, Vec<_>) = ours.filter_map(one).partition(of_space);
-    (rest.into_iter().collect(), space.iter().map(|(_, count)| count).sum())
+    ours.filter_map(one).collect()
+}
+
+/// What was sent in one window.
+struct Seen {
+    /// Bytes from the driver to storage servers.
+    data: u64,
+    /// Connections of the driver to operators and the API server.
+    watched: usize,
+    /// What else was sent, in words.
+    other: Vec<String>,
+}
+
+fn look(stage: &Stage, csi_node: &lamina_demo::objects::Pod, servers: &[String], operators: &[String]) -> Seen {
+    let to_any_of = |all: &[String], peer: &str| all.iter().any(|ip| peer.starts_with(&format!("{ip}:")));
+    let (before, first) = (requests(stage), sent(stage, csi_node));
+    assert!(!before.is_empty(), "the API server counts its requests");
+    let start = Instant::now();
+    stage.await_that("a while", 60, || start.elapsed() > WINDOW);
+    let (last, after) = (sent(stage, csi_node), requests(stage));
+    let mut seen = Seen { data: 0, watched: 0, other: Vec::new() };
+    for ((own, peer), bytes) in &last {
+        let more = bytes - first.get(&(own.clone(), peer.clone())).copied().unwrap_or(0);
+        if to_any_of(servers, peer) {
+            seen.data += more;
+        } else if to_any_of(operators, peer) || peer.ends_with(":443") {
+            seen.watched += 1;
+            seen.other.extend((more > 0).then(|| format!("{more} bytes from {own} to {peer}")));
+        }
+    }
+    let news = after.iter().filter(|(what, count)| before.get(*what) != Some(count));
+    seen.other.extend(news.map(|(what, count)| format!("{what} is {count}, was {:?}", before.get(what))));
+    seen
 }
 
 pub(crate) fn io_is_between_driver_and_servers_alone(stage: &Stage) {
     let load = Load::start(stage, "steady", "n2");
     let csi_node = daemon(stage, "csi-node", "n2").unwrap();
-    let servers = addresses(stage, "storage-node");
-    let operators = addresses(stage, "operator");
-    let to_any_of = |all: &[String], peer: &str| all.iter().any(|ip| peer.starts_with(&format!("{ip}:")));
+    let (servers, operators) = (addresses(stage, "storage-node"), addresses(stage, "operator"));
+    assert!(servers.len() == 3 && operators.len() == 2, "{servers:?} {operators:?}");
     // All pages are there, and every word about them was said.
     load.await_rounds(2);
-    let (mut before, mut since) = (requests(stage), Instant::now());
-    stage.await_that("the word about what was attached and written", 120, || {
-        let now = requests(stage);
-        if now.0 != before.0 {
-            (before, since) = (now, Instant::now());
+    let mut all = Vec::new();
+    for _ in 0..WINDOWS {
+        let seen = look(stage, &csi_node, &servers, &operators);
+        assert!(seen.data > 1 << 20, "fio writes: {} bytes", seen.data);
+        assert!(seen.watched > 0, "it has a connection to the operator or the API server");
+        println!("{} bytes to storage servers; else {:?}", seen.data, seen.other);
+        if seen.other.is_empty() {
+            return load.end();
         }
-        since.elapsed() > Duration::from_secs(5)
-    });
-    let first = sent(stage, &csi_node);
-    let start = Instant::now();
-    stage.await_that("a while", 60, || start.elapsed() > COUNTED);
-    load.await_rounds(1);
-    let last = sent(stage, &csi_node);
-    let (after, words_of_space) = requests(stage);
-    assert_eq!(after, before.0, "requests for Lamina's objects that the API server took");
-    // One from its server and one from the leader.
-    assert!(words_of_space - before.1 <= 2 * servers.len() as u64, "{words_of_space} and {before:?}");
-    assert!(!after.is_empty() && !operators.is_empty(), "{after:?} {operators:?}");
-
-    let (mut data, mut other) = (0, Vec::new());
-    for ((own, peer), bytes) in &last {
-        let more = bytes - first.get(&(own.clone(), peer.clone())).copied().unwrap_or(0);
-        if to_any_of(&servers, peer) {
-            data += more;
-        } else if to_any_of(&operators, peer) || peer.ends_with(":443") {
-            other.push(format!("{more} bytes from {own} to {peer}"));
-        }
+        all.push(seen.other);
     }
-    println!("{data} bytes to storage servers; {other:?}");
-    assert!(data > 8 << 20, "fio wrote: {data} bytes");
-    assert!(!other.is_empty(), "it has a connection to the operator or the API server: {last:?}");
-    assert!(other.iter().all(|one| one.starts_with("0 bytes")), "steady I/O sends nothing to either: {other:?}");
-    load.end();
+    panic!("steady I/O sends nothing to the operator or the API server: {all:#?}");
 }
