@@ -5,6 +5,7 @@
 
 pub mod contender;
 pub mod figures;
+pub mod floor;
 pub mod idle;
 pub mod lamina;
 pub mod load;

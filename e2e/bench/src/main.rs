@@ -10,7 +10,7 @@ use lamina_bench::figures::{Figures, Sample};
 use lamina_bench::lamina::{Cluster, Mode};
 use lamina_bench::load::WORKS;
 use lamina_bench::report::{self, Conditions};
-use lamina_bench::{idle, peers};
+use lamina_bench::{floor, idle, peers};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -66,6 +66,22 @@ enum Verb {
         #[arg(long, default_value_t = 60)]
         seconds: u16,
     },
+    /// The front of the two processes that only copy
+    #[command(hide = true)]
+    FloorFront {
+        /// Where it listens for NBD
+        socket: PathBuf,
+        /// Where its disk process is
+        disk: String,
+        /// Of the disk
+        bytes: u64,
+    },
+    /// The disk process of the two that only copy
+    #[command(hide = true)]
+    FloorDisk {
+        /// Read and written
+        file: PathBuf,
+    },
 }
 
 fn main() -> ExitCode {
@@ -79,6 +95,11 @@ fn main() -> ExitCode {
 }
 
 fn act(arguments: &Arguments) -> Result<()> {
+    match &arguments.verb {
+        Verb::FloorFront { socket, disk, bytes } => return floor::serve_front(socket, disk, *bytes),
+        Verb::FloorDisk { file } => return floor::serve_disk(file),
+        Verb::Run { .. } | Verb::Idle { .. } => {}
+    }
     std::fs::create_dir_all(&arguments.dir)?;
     let folder = tempfile::Builder::new().prefix("bench-").tempdir_in(arguments.dir.canonicalize()?)?;
     let programs = match &arguments.programs {
@@ -93,6 +114,7 @@ fn act(arguments: &Arguments) -> Result<()> {
             let (rounds, time) = (usize::from(*rounds), Duration::from_secs((*seconds).into()));
             run(&Bench { programs, folder, rounds, time, mebibytes: *mebibytes, only }, false)?
         }
+        (Verb::FloorFront { .. } | Verb::FloorDisk { .. }, _) => return Ok(()),
         (Verb::Idle { seconds }, short) => {
             let bench = Bench { programs, folder, rounds: 0, time: Duration::ZERO, mebibytes: 64, only: "" };
             let (_clusters, contenders) = bench.lamina(&[Mode::InPlace])?;
@@ -140,6 +162,7 @@ fn say(line: impl std::fmt::Display) {
 fn run(bench: &Bench<'_>, short: bool) -> Result<String> {
     let bytes = bench.mebibytes << 20;
     let mut contenders = peers::start(bench.folder.path(), bytes)?;
+    contenders.push(floor::start(bench.folder.path(), bytes)?);
     let peers = contenders.len();
     let (_clusters, lamina) = bench.lamina(&[Mode::InPlace, Mode::Journal])?;
     contenders.extend(lamina);

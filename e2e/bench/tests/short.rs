@@ -25,10 +25,11 @@ fn every_contender_goes_through_every_row_of_the_benchmark() {
     let done = Command::new(bench).args(["run", "--short", "--dir"]).arg(dir.path()).output().unwrap();
     let (report, said) = (String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
     assert!(done.status.success(), "{said}");
-    let figures =
-        report.lines().filter(|line| ["| raw", "| qemu", "| nbdkit", "| Lamina"].iter().any(|n| line.starts_with(n)));
+    let figures = report
+        .lines()
+        .filter(|line| ["| raw", "| qemu", "| nbdkit", "| floor", "| Lamina"].iter().any(|n| line.starts_with(n)));
     let figures: Vec<&str> = figures.collect();
-    assert_eq!(figures.len(), 7 * 7, "seven rows of seven contenders:\n{report}");
+    assert_eq!(figures.len(), 7 * 8, "seven rows of eight contenders:\n{report}");
     assert!(
         figures.iter().all(|line| line.contains("(") || line.starts_with("| raw")),
         "each with its ratio:\n{report}"
