@@ -298,7 +298,7 @@ pub struct DriverReport {
 pub enum Trouble {
     /// The connection was refused or reset.
     Unreachable,
-    /// No progress for the stall timeout.
+    /// No progress for the stall timeout, or no room even in its reserve (R8).
     Stalled,
     /// It answered `NotServing`: another boot id, or a closed device.
     NotServing,

@@ -246,6 +246,10 @@ pub struct Driver {
     /// Writes that wait for room among the kept ones.
     awaiting_room: VecDeque<OpId>,
     parked: BTreeSet<OpId>,
+    /// Of those: a member had no room even in its reserve (R8).
+    starved: BTreeSet<OpId>,
+    /// When those are tried again.
+    starved_until: Millis,
     /// Something that parked operations wait for may have come.
     recheck_parked: bool,
     awaiting_lease: BTreeSet<OpId>,
@@ -290,6 +294,8 @@ impl Driver {
             ready_first: VecDeque::new(),
             awaiting_room: VecDeque::new(),
             parked: BTreeSet::new(),
+            starved: BTreeSet::new(),
+            starved_until: Millis::NEVER,
             recheck_parked: false,
             awaiting_lease: BTreeSet::new(),
             seqs: Seqs::default(),
@@ -453,6 +459,7 @@ impl Driver {
         self.ready_first.clear();
         self.awaiting_room.clear();
         self.parked.clear();
+        self.starved.clear();
         self.awaiting_lease.clear();
         for (_, peer) in std::mem::take(&mut self.peers) {
             if let Some(link) = peer.up() {

@@ -338,7 +338,7 @@ pub enum ReplyBody {
     NotServing,
     /// No such copy or layer here.
     NoCopy,
-    /// To `Reserve` only.
+    /// To `Reserve`; to a write that finds no room even in the reserve of the device (R8), which has changed nothing.
     NoSpace,
     /// These blocks of the request, counted from its first, have no good content here (R12). The payload is the data
     /// with zeroes in their place.

@@ -7,7 +7,8 @@
 use super::op::{Broadcast, Hold, Kind, Op, OpId, Origin, Setback, State};
 use super::peer::{Outgoing, What};
 use super::{Driver, Op as Wish, OpError, Output, Phase, Replay, Tag};
-use crate::ids::{Seq, ServerId};
+use crate::ids::{Generation, Seq, ServerId};
+use crate::limits::STALL_TIMEOUT_MS;
 use crate::map::AccessMode;
 use crate::mutants::{Mutant, on};
 use crate::wire::{RequestBody, Start};
@@ -292,11 +293,45 @@ impl Driver {
         let ids: Vec<_> = self.parked.iter().filter(met).copied().collect();
         for id in ids {
             self.parked.remove(&id);
-            let op = self.ops.get_mut(&id).expect("a parked operation is under way");
-            op.state = State::Ready;
-            let queue = if op.handles_loss() { &mut self.ready_first } else { &mut self.ready };
-            queue.push_back(id);
+            self.make_ready(id);
         }
+    }
+
+    /// A member had no room for it even in its reserve (R8): it is tried again after a while, should no map come before.
+    pub(super) fn starve(&mut self, id: OpId) {
+        if self.starved.is_empty() {
+            self.starved_until = self.now.after(STALL_TIMEOUT_MS);
+            self.wake_by(self.starved_until);
+        }
+        self.starved.insert(id);
+    }
+
+    /// Every frame of theirs was answered, so they may be restarted at this very generation (M6).
+    pub(super) fn retry_starved(&mut self) {
+        match self.starved.is_empty() {
+            true => return,
+            false if self.now < self.starved_until => return self.wake_by(self.starved_until),
+            false => {}
+        }
+        for id in std::mem::take(&mut self.starved) {
+            match self.ops.get(&id).map(|op| op.state) {
+                Some(State::Parked(hold)) if self.is_met(id, Hold { map: Generation(0), ..hold }) => {
+                    self.parked.remove(&id);
+                    self.make_ready(id);
+                }
+                Some(State::Parked(_) | State::Running) => self.starve(id),
+                _ => {}
+            }
+        }
+        // What it refuses then is told anew.
+        self.peers.values_mut().for_each(|peer| peer.refused_at = Generation(0));
+    }
+
+    fn make_ready(&mut self, id: OpId) {
+        let op = self.ops.get_mut(&id).expect("it is under way");
+        op.state = State::Ready;
+        let queue = if op.handles_loss() { &mut self.ready_first } else { &mut self.ready };
+        queue.push_back(id);
     }
 
     /// Every part was answered with success.

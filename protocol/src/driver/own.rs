@@ -112,6 +112,7 @@ impl Driver {
             return;
         }
         self.retry_opens();
+        self.retry_starved();
         self.look_at_stalls();
         self.look_at_idleness();
     }

@@ -157,7 +157,15 @@ impl Driver {
                 Some(Setback::Fail(OpError::NoSpace))
             }
             refusal => {
-                let trouble = if refusal == ReplyBody::NoCopy { Trouble::NoCopy } else { Trouble::NotServing };
+                let trouble = match refusal {
+                    ReplyBody::NoCopy => Trouble::NoCopy,
+                    // R8: the leader leaves the member out if its group can do without, else the write waits.
+                    ReplyBody::NoSpace => Trouble::Stalled,
+                    _ => Trouble::NotServing,
+                };
+                if let (Trouble::Stalled, Some(id)) = (trouble, op) {
+                    self.starve(id);
+                }
                 let news = |peer: &&mut Peer| current && peer.refused_at != sent.generation;
                 if let Some(peer) = self.peers.get_mut(&server).filter(news) {
                     peer.refused_at = sent.generation;

@@ -386,6 +386,7 @@ impl Driver {
         self.ready.clear();
         self.ready_first.clear();
         self.awaiting_lease.clear();
+        self.starved.clear();
         for (id, op) in &mut self.ops {
             match op.state {
                 State::Blocked | State::AwaitingRoom => continue,

@@ -502,15 +502,13 @@ impl StorageServer {
         }
     }
 
-    /// No room for a write that was within its credit can only be a write that drew on the reserve: the driver parks it and
-    /// reports; ENOSPC comes only out of a `Reserve` (R8, H22). A page from a peer is asked for again.
+    /// No room for a write that was within its credit can only be a write that drew on the reserve: nothing was changed, the
+    /// driver says so and tries again (R8, H22). A page from a peer is asked for again.
     fn out_of_room(&mut self, exec: Exec) -> (ReplyBody, Bytes) {
-        match exec.work {
-            Work::Reserve(_) => return (ReplyBody::NoSpace, Bytes::new()),
-            Work::Apply(apply) => self.page_refused(exec.page, &apply),
-            _ => {}
+        if let Work::Apply(apply) = exec.work {
+            self.page_refused(exec.page, &apply);
         }
-        (ReplyBody::NotServing, Bytes::new())
+        (ReplyBody::NoSpace, Bytes::new())
     }
 
     /// Gives an execution's place in the window back and answers it.

@@ -166,6 +166,30 @@ fn not_serving_is_reported_once_and_parks_until_a_newer_map() {
     assert!((1..4).all(|tag| bench.is_done(tag)));
 }
 
+#[test]
+fn r8_a_write_that_finds_no_room_even_in_the_reserve_is_told_as_no_progress_and_tried_again() {
+    let mut bench = Bench::serving(pair(1));
+    bench.write(1, 0, 4096);
+    for round in 1..3 {
+        let (a, b) = (bench.take_write(1), bench.take_write(2));
+        bench.reply(&a, ReplyBody::NoSpace);
+        bench.serve(&b);
+        assert_eq!(bench.reports, vec![(1, crate::control::Trouble::Stalled); round], "H22: no error, and once");
+        bench.wait(4_500);
+        assert!(bench.flying.is_empty() && !bench.is_done(1));
+        bench.wait(1_000);
+    }
+    bench.serve_all();
+    assert!(bench.is_done(1), "there is room again");
+    bench.write(2, 0, 4096);
+    let (a, b) = (bench.take_write(1), bench.take_write(2));
+    bench.reply(&a, ReplyBody::NoSpace);
+    bench.serve(&b);
+    bench.input(Input::Map(map(2, &[&[(2, Active)]])));
+    bench.serve_all();
+    assert!(bench.is_done(2), "the member is left out");
+}
+
 /// R8: m1 allocates and applies, m0 answers NoSpace.
 #[test]
 fn enospc_comes_only_from_a_reserve_before_anything_was_sent() {

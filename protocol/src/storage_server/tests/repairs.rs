@@ -86,6 +86,17 @@ fn r8_a_page_of_a_fill_that_found_no_room_is_asked_for_again() {
 }
 
 #[test]
+fn r8_a_write_that_finds_no_room_even_in_the_reserve_changes_nothing_and_says_so() {
+    let mut net = Net::started(1);
+    let handle = net.open(0, 1, 1);
+    net.servers[0].medium.full = true;
+    assert_eq!(net.ask(0, handle, 1, write_at(0, 0), block(1)).body, ReplyBody::NoSpace);
+    assert_eq!(first_block(&mut net, 0, handle, 1), Some(0));
+    net.servers[0].medium.full = false;
+    assert_eq!(net.ask(0, handle, 1, write_at(0, 0), block(1)).body, ReplyBody::Done);
+}
+
+#[test]
 fn h11c_the_flush_of_a_fill_that_broke_off_makes_nothing_durable_for_the_next_one() {
     let marks = |net: &Net| {
         let marks =
