@@ -43,7 +43,7 @@ mutants! {
     RestartUnseen, "H2", "the plan does not compare the boot id of a fence reply";
     SyncingRead, "§2.2", "a member is read while it is being filled";
     OldHandlesLive, "H1", "lower handles of a session stay alive";
-    OpenWithoutSilence, "H1", "an Open is answered while requests of lower handles execute, and newer ones pass them by";
+    OpenWithoutSilence, "H1", "an Open is answered while requests of lower handles execute";
     LowerOpenTaken, "R7", "an Open that is not above the highest number is taken";
     AnyAttemptCounts, "H1", "a reply to an earlier attempt counts";
     IncarnationNotCompared, "H20", "a member serves older incarnations";

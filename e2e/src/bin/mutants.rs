@@ -41,11 +41,19 @@ const SHORT: &[Mutant] = &[
 
 /// Those that no oracle can find, with the reason why they do no harm as things stand: another rule covers them. Nothing
 /// stands here without such a reason; one that is found all the same is taken off the list.
-const KNOWN: &[(Mutant, &str)] = &[(
-    Mutant::GiveUpRepeatsSettled,
-    "that settle was over in the map before: whoever was left pending then reports it still to settle, and the \
-         operator settles again",
-)];
+const KNOWN: &[(Mutant, &str)] = &[
+    (
+        Mutant::OpenWithoutSilence,
+        "requests on a page are carried out in the order in which they came, whatever their handles, so what a lower handle \
+         still has under way comes before all that the new one brings; the rule itself: \
+         an_open_waits_for_what_the_lower_handle_has_under_way",
+    ),
+    (
+        Mutant::GiveUpRepeatsSettled,
+        "that settle was over in the map before: whoever was left pending then reports it still to settle, and the \
+         operator settles again; the rule itself: r13_a_given_up_change_repeats_no_settled_and_takes_nothing_of_a_reply",
+    ),
+];
 
 /// Breaks Lamina's protocol on purpose, one rule at a time, and shows that the simulator's oracles see it.
 #[derive(Parser)]

@@ -213,6 +213,10 @@ impl World {
         self.counters.count(&format!("passed: {step:?}"));
         self.trace(|| format!("operator {n} passes {step:?} of generation {generation}"));
         self.moment(Moment::Leader(step));
+        if step == Step::Intended {
+            // What the map before has brought about, before this change hides it.
+            self.look();
+        }
         if let Some(at) = self.armed.iter().position(|(armed, _)| *armed == step) {
             let (_, down_ms) = self.armed.remove(at);
             self.counters.count(&format!("leader killed at: {step:?}"));

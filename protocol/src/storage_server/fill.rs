@@ -135,8 +135,8 @@ impl ApplyPage {
 
     /// H8, H9: a page with pending writes at the source is pending here too. A settle marks every page that it touches.
     pub(super) fn needs_mark(&self) -> bool {
-        if self.mode == Mode::Settle && !on(Mutant::SettleUnmarked) {
-            return true;
+        if self.mode == Mode::Settle {
+            return !on(Mutant::SettleUnmarked);
         }
         !on(Mutant::FillDropsPending) && (self.before_start || !self.writers.is_empty())
     }

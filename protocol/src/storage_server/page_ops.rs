@@ -219,12 +219,9 @@ impl StorageServer {
         let Some(queue) = device.pages.get_mut(&page) else { return };
         let mut started = Vec::new();
         let mut kept: Line<ExecId> = Line::new();
-        // What a dead handle still has to do: only a deliberate mistake lets others pass it by (H1).
-        let dead = |to: ReplyTo| self.handles.get(&to.header.handle).is_none_or(|handle| handle.dead);
-        let passed_by = |e: &Exec| on(Mutant::OpenWithoutSilence) && e.work.reply_to().is_some_and(dead);
         for id in std::mem::take(&mut queue.waiting) {
             let exec = &self.execs[&id];
-            let blocked = |other: &ExecId| self.execs[other].conflicts(exec) && !passed_by(&self.execs[other]);
+            let blocked = |other: &ExecId| self.execs[other].conflicts(exec);
             if queue.running.iter().any(blocked) || kept.iter().any(blocked) {
                 kept.push_back(id);
             } else {

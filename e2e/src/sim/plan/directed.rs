@@ -17,12 +17,12 @@ const BEGIN: u64 = 6 * SECOND;
 /// A cluster and what is done with it, in any order.
 pub(super) fn plan(dice: &mut Dice) -> (Setup, Vec<Step>) {
     let mut scene = Scene { setup: setup(dice), steps: Vec::new() };
-    match dice.below(32) {
+    match dice.below(37) {
         0..=1 => scene.lease(dice),
-        2 => scene.late_word(dice),
-        3..=4 => scene.late_commands(dice),
-        5 => scene.late_commit(dice),
-        6..=8 => scene.two_successors(dice),
+        2..=3 => scene.late_word(dice),
+        4..=5 => scene.late_commands(dice),
+        6 => scene.late_commit(dice),
+        7..=8 => scene.two_successors(dice),
         9 => scene.crash_after(dice, Moment::Filled),
         10 => scene.crash_after(dice, Moment::SettleOver),
         11..=13 => scene.undone(dice),
@@ -30,15 +30,18 @@ pub(super) fn plan(dice: &mut Dice) -> (Setup, Vec<Step>) {
         15..=16 => scene.two_leaders(dice),
         17..=18 => scene.given_up(dice),
         19 => scene.sleeper(dice),
-        20..=21 => scene.broken_often(dice),
-        22..=23 => scene.half_settled(dice),
-        24 => scene.half_written(dice),
-        25..=26 => scene.filled_with_pending(dice),
-        27 => scene.settled_and_away(dice),
-        28 => scene.handled(dice),
+        20 => scene.broken_often(dice),
+        21..=22 => scene.half_settled(dice),
+        23 => scene.half_written(dice),
+        24..=25 => scene.filled_with_pending(dice),
+        26 => scene.settled_and_away(dice),
+        27..=28 => scene.handled(dice),
         29 => scene.flushed_past(dice),
-        30 => scene.written_while_filled(dice),
-        _ => scene.rotten(dice),
+        30..=31 => scene.written_while_filled(dice),
+        32 => scene.rotten(dice),
+        33..=34 => scene.given_back(dice),
+        35 => scene.adopted(dice),
+        _ => scene.full(dice),
     }
     (scene.setup, scene.steps)
 }

@@ -22,6 +22,23 @@ impl Scene {
         self.setup.blocks = 2 * PAGE_BLOCKS;
     }
 
+    /// Like `asks` of client 0, over the whole volume and a page and a half at most.
+    fn asks_over_all(&mut self, dice: &mut Dice, (from, to): (u64, u64), pace: u64, mix: (u64, u64)) {
+        let mut at_us = from;
+        while at_us < to {
+            let block = dice.below(self.setup.blocks);
+            let most = if dice.chance(1, 6) { PAGE_BLOCKS * 3 / 2 } else { 2 };
+            let count = dice.within(1, most).min(self.setup.blocks - block);
+            let ask = match dice.below(10) {
+                n if n < mix.0 => Ask::Write(block, count),
+                n if n < mix.0 + mix.1 => Ask::Flush,
+                _ => Ask::Read(block, count),
+            };
+            self.act(at_us, Action::Ask { client: 0, ask });
+            at_us += 1 + dice.below(2 * pace);
+        }
+    }
+
     /// Writes get to server 0 alone; then the client is gone.
     fn one_copy_written(&mut self, dice: &mut Dice, at_us: u64) {
         let to = (1..self.setup.servers).map(Host::Server).collect();
@@ -45,8 +62,8 @@ impl Scene {
             }
             if dice.chance(3, 4) {
                 let stop = Fault::StopServers { servers: vec![0], power: dice.chance(1, 2), down_ms: 800 };
-                let moment = [Moment::PageServed, Moment::PageServed, Moment::SettleBegan][dice.index(3)];
-                self.fault(at_us, timed(moment, dice.within(0, 12_000), stop));
+                let (moment, most_us) = [(Moment::PageServed, 12_000), (Moment::SettleBegan, 1_000)][dice.index(2)];
+                self.fault(at_us, timed(moment, dice.within(0, most_us), stop));
             }
             self.asks(dice, 0, (at_us + 8 * SECOND, at_us + 11 * SECOND), 50_000, (5, 1));
         }
@@ -101,21 +118,79 @@ impl Scene {
     }
 
     /// H5, R2: all lose power while a driver lives that keeps what was not flushed; and again, with the driver, as soon as
-    /// that is called handled.
+    /// that is called handled and something was read.
     pub(super) fn handled(&mut self, dice: &mut Dice) {
+        self.pages(4);
         self.attach(SECOND, 0);
-        self.asks(dice, 0, (2 * SECOND, BEGIN + 32 * SECOND), 12_000, (7, 0));
-        for n in 0..4 {
-            let at_us = BEGIN + n * 8 * SECOND;
+        for n in 0..3 {
+            let at_us = BEGIN + n * 9 * SECOND;
+            self.asks_over_all(dice, (at_us - 400_000, at_us), 8_000, (10, 0));
             let stop = |down_ms| Fault::StopServers { servers: vec![0, 1], power: true, down_ms };
             self.fault(at_us, stop(dice.within(100, 600)));
             if n > 0 {
                 let off = Fault::PowerOffClient { client: 0, down_ms: dice.within(100, 500) };
                 let fault = both(off, stop(dice.within(100, 600)));
-                self.fault(at_us, timed(Moment::Handled, dice.within(4_000, 60_000), fault));
+                self.fault(at_us, timed(Moment::Handled, dice.within(2_000, 20_000), fault));
+            }
+            self.asks_over_all(dice, (at_us + 100_000, at_us + 8 * SECOND), 200_000, (0, 0));
+        }
+        self.setup.heal_at_us = BEGIN + 27 * SECOND;
+    }
+
+    /// §5.1: all lose power as soon as a successor adopts what the process before it had acknowledged.
+    pub(super) fn adopted(&mut self, dice: &mut Dice) {
+        self.pages(4);
+        self.attach(SECOND, 0);
+        for n in 0..4 {
+            let at_us = BEGIN + n * 6 * SECOND;
+            self.asks_over_all(dice, (at_us - 300_000, at_us), 6_000, (10, 0));
+            self.fault(at_us, Fault::KillDriver { client: 0, down_ms: dice.within(1, 50) });
+            let stop = Fault::StopServers { servers: vec![0, 1], power: true, down_ms: dice.within(50, 500) };
+            self.fault(at_us, timed(Moment::Adopted, dice.within(0, 3_000), stop));
+            self.asks_over_all(dice, (at_us + 100_000, at_us + 5 * SECOND), 100_000, (0, 0));
+        }
+    }
+
+    /// §4.5: a successor gets a read and, after it, a write of a part of what is read, which server 0 has already.
+    pub(super) fn given_back(&mut self, dice: &mut Dice) {
+        self.attach(SECOND, 0);
+        self.asks(dice, 0, (2 * SECOND, 5 * SECOND), 30_000, (6, 2));
+        for n in 0..4 {
+            let at_us = BEGIN + n * 6 * SECOND;
+            let block = 2 * dice.below(8);
+            let mut ask = |later_us, ask| self.act(at_us + later_us, Action::Ask { client: 0, ask });
+            ask(1_000, Ask::Write(block, 1));
+            ask(2_000, Ask::Read(block, 2));
+            ask(3_000, Ask::Write(block + 1, 1));
+            ask(3 * SECOND, Ask::Read(block, 2));
+            let cut_ms = dice.within(30, 100);
+            let (from, to) = (vec![Host::Driver(0)], vec![Host::Server(1)]);
+            self.fault(at_us, Fault::Cut { from, to, both: true, ms: cut_ms });
+            self.fault(at_us, Fault::SlowDisk { server: 1, extra_us: dice.within(20_000, 100_000), ms: 2_500 });
+            self.fault(at_us + 20_000, Fault::KillDriver { client: 0, down_ms: cut_ms });
+            let off = Fault::PowerOffClient { client: 0, down_ms: dice.within(1, 300) };
+            let stop = Fault::StopServers { servers: vec![0, 1], power: true, down_ms: dice.within(50, 500) };
+            self.fault(at_us, timed(Moment::TookOver, dice.within(700, 6_000), both(off, stop)));
+        }
+    }
+
+    /// R8: devices that are nearly full, connections that break, and servers that come back.
+    pub(super) fn full(&mut self, dice: &mut Dice) {
+        self.pages(6);
+        // Room for all of it, but the last page is kept in reserve.
+        self.setup.capacity_bytes = 6 * u64::from(super::super::make::PAGE_BYTES);
+        self.setup.flaky = dice.within(15, 60);
+        self.attach(SECOND, 0);
+        for n in 0..5 {
+            let at_us = BEGIN + n * 4 * SECOND;
+            self.asks_over_all(dice, (at_us, at_us + SECOND), 8_000, (7, 0));
+            let server = dice.index(2);
+            match dice.below(3) {
+                0 => self.fault(at_us, Fault::StopServers { servers: vec![server], power: false, down_ms: 100 }),
+                1 => self.fault(at_us, Fault::KillDriver { client: 0, down_ms: dice.within(1, 100) }),
+                _ => self.fault(at_us, Fault::SlowDisk { server, extra_us: 50_000, ms: 1_500 }),
             }
         }
-        self.setup.heal_at_us = BEGIN + 34 * SECOND;
     }
 
     /// §5.1: flushes overtake writes at a member with a slow disk; then all lose power, and nobody writes again.
