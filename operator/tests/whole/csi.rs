@@ -119,7 +119,7 @@ async fn look(service: &ControllerService, volume_id: String) -> Result<String, 
     };
     service.get_capacity(Request::new(room)).await?;
     let can = service.controller_get_capabilities(Request::new(Default::default())).await?.into_inner();
-    let get = v1::ControllerGetVolumeRequest { volume_id: volume_id.clone(), ..Default::default() };
+    let get = v1::ControllerGetVolumeRequest { volume_id: volume_id.clone() };
     let got = service.controller_get_volume(Request::new(get)).await?.into_inner();
     assert_eq!(got.volume.map(|volume| volume.volume_id), Some(volume_id.clone()));
     let all = service.list_volumes(Request::new(Default::default())).await?.into_inner().entries;
