@@ -10,5 +10,6 @@ pub mod idle;
 pub mod lamina;
 pub mod load;
 pub mod peers;
+pub mod place;
 pub mod process;
 pub mod report;

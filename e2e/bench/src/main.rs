@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use clap::{Parser, Subcommand};
 use lamina_bench::contender::Contender;
 use lamina_bench::figures::{Figures, Sample};
-use lamina_bench::lamina::{Cluster, Mode};
+use lamina_bench::lamina::{Cluster, Mode, Shape};
 use lamina_bench::load::WORKS;
 use lamina_bench::report::{self, Conditions};
 use lamina_bench::{floor, idle, peers};
@@ -146,9 +146,10 @@ impl Bench<'_> {
         for mode in modes {
             say(format_args!("starting Lamina, data {mode:?} …"));
             let folder = self.folder.path().join(format!("{mode:?}"));
-            let cluster = Cluster::start(&self.programs, &folder, *mode, 2 * bytes + (1 << 30))?;
-            contenders.push(cluster.export(1, bytes)?);
-            contenders.push(cluster.export(2, bytes)?);
+            let shape = Shape::on_loopback(*mode, 2 * bytes + (1 << 30), 2);
+            let cluster = Cluster::start(&self.programs, &folder, shape)?;
+            contenders.push(cluster.contender(1, bytes)?);
+            contenders.push(cluster.contender(2, bytes)?);
             clusters.push(cluster);
         }
         Ok((clusters, contenders))

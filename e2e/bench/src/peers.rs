@@ -43,7 +43,7 @@ fn qemu(folder: &Path, bytes: u64) -> Result<Contender> {
         let mut command = Command::new("qemu-nbd");
         command.args(["--cache=none", &format!("--aio={aio}"), "--format=raw", "--persistent", "--shared=8"]);
         command.arg(format!("--socket={}", socket.display())).arg(&image);
-        let mut program = Program::start(&format!("qemu-nbd-{aio}"), folder, command)?;
+        let program = Program::start(&format!("qemu-nbd-{aio}"), folder, command)?;
         program.wait_for_socket(&socket).map(|()| program)
     };
     let (program, aio) = match start("io_uring") {
@@ -59,7 +59,7 @@ fn nbdkit(folder: &Path, bytes: u64) -> Result<Contender> {
     let socket = folder.join("nbdkit.sock");
     let mut command = Command::new("nbdkit");
     command.args(["--foreground", "--exit-with-parent", "--unix"]).arg(&socket).arg("file").arg(&image);
-    let mut program = Program::start("nbdkit", folder, command)?;
+    let program = Program::start("nbdkit", folder, command)?;
     program.wait_for_socket(&socket)?;
     let note = "buffered: answers from the page cache".to_owned();
     Ok(Contender { name: "nbdkit file", note, target: Target::Nbd(socket), programs: vec![Arc::new(program)] })

@@ -4,9 +4,11 @@
 //! it ends (`setpriv`, of every Debian, asks the kernel for that).
 
 use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, Signal, kill_process};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Anything that a healthy program does when it starts happens within this time, also on a busy machine.
@@ -18,7 +20,8 @@ const LOOK_AGAIN: Duration = Duration::from_millis(20);
 #[derive(Debug)]
 pub struct Program {
     name: String,
-    child: Child,
+    id: u32,
+    child: Mutex<Child>,
     output: PathBuf,
 }
 
@@ -35,21 +38,21 @@ impl Program {
         guarded.args(["--pdeathsig", "KILL", "--", &program]).args(command.get_args());
         let command = guarded.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
         let child = command.spawn().with_context(|| format!("start {program}"))?;
-        Ok(Self { name: name.to_owned(), child, output })
+        Ok(Self { name: name.to_owned(), id: child.id(), child: Mutex::new(child), output })
     }
 
     /// Waits until `found` finds what it looks for in the output.
     ///
     /// # Errors
     /// The program ended before, or it took more than a minute; with the output's last lines.
-    pub fn wait_for<T>(&mut self, what: &str, found: impl Fn(&str) -> Option<T>) -> Result<T> {
+    pub fn wait_for<T>(&self, what: &str, found: impl Fn(&str) -> Option<T>) -> Result<T> {
         let begun = Instant::now();
         loop {
             let text = std::fs::read_to_string(&self.output)?;
             if let Some(value) = found(&text) {
                 return Ok(value);
             }
-            if let Some(status) = self.child.try_wait()? {
+            if let Some(status) = self.child().try_wait()? {
                 bail!("{} ended with {status} before {what}:\n{}", self.name, last_lines(&text));
             }
             if begun.elapsed() > PATIENCE {
@@ -63,7 +66,7 @@ impl Program {
     ///
     /// # Errors
     /// As [`Self::wait_for`].
-    pub fn wait_for_socket(&mut self, path: &Path) -> Result<()> {
+    pub fn wait_for_socket(&self, path: &Path) -> Result<()> {
         self.wait_for("its socket", |_| std::os::unix::net::UnixStream::connect(path).ok().map(drop))
     }
 
@@ -76,14 +79,71 @@ impl Program {
     /// Its process id.
     #[must_use]
     pub fn id(&self) -> u32 {
-        self.child.id()
+        self.id
+    }
+
+    /// All that it has written so far.
+    ///
+    /// # Errors
+    /// Its file is gone.
+    pub fn output(&self) -> Result<String> {
+        std::fs::read_to_string(&self.output).with_context(|| self.output.display().to_string())
+    }
+
+    fn child(&self) -> MutexGuard<'_, Child> {
+        self.child.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether it runs, or is stopped.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn is_running(&self) -> Result<bool> {
+        Ok(self.child().try_wait()?.is_none())
+    }
+
+    /// SIGKILL, and until its ports and files are free.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn kill(&self) -> Result<()> {
+        let mut child = self.child();
+        child.kill()?;
+        child.wait()?;
+        Ok(())
+    }
+
+    /// A signal, if it still runs.
+    ///
+    /// # Errors
+    /// It has ended, or the kernel's.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let mut child = self.child();
+        anyhow::ensure!(child.try_wait()?.is_none(), "{} has ended", self.name);
+        kill_process(Pid::from_child(&child), signal).with_context(|| self.name.clone())
+    }
+
+    /// Waits until it ends by itself, and with success.
+    ///
+    /// # Errors
+    /// Another status, with the output's last lines, or it takes too long.
+    pub fn wait(&self, limit: Duration) -> Result<()> {
+        let begun = Instant::now();
+        loop {
+            let ended = self.child().try_wait()?;
+            match ended {
+                Some(status) if status.success() => return Ok(()),
+                Some(status) => bail!("{} ended with {status}:\n{}", self.name, last_lines(&self.output()?)),
+                None if begun.elapsed() > limit => bail!("{} runs after {limit:?}", self.name),
+                None => std::thread::sleep(LOOK_AGAIN),
+            }
+        }
     }
 }
 
 impl Drop for Program {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let _ = self.kill();
     }
 }
 
