@@ -58,5 +58,7 @@ pub const HEARTBEAT_FAILED_MS: u64 = 3_000;
 pub const SPACE_RESERVE_DIVISOR: u64 = 100;
 /// Pages of credit a handle gets while space is plentiful.
 pub const CREDIT_PAGES: u64 = 64;
+/// While it is not: of the room that is left, one part in so many.
+pub const CREDIT_SHARE: u64 = 8;
 /// Pages that a server looks at for one `Written`: what a request costs stays bounded, whatever the layer holds.
 pub const WRITTEN_PAGES: usize = 64;

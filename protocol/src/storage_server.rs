@@ -102,6 +102,8 @@ struct Device {
     device: DeviceId,
     capacity_bytes: u64,
     free_bytes: u64,
+    /// What was last refused for want of room (R8).
+    lacked_bytes: u64,
     records: BTreeMap<PageKey, PageRecord>,
     evicted: Option<PageKey>,
     pages: BTreeMap<PageKey, PageQueue>,
@@ -248,6 +250,7 @@ impl StorageServer {
             device: opened.device,
             capacity_bytes: opened.capacity_bytes,
             free_bytes: opened.free_bytes,
+            lacked_bytes: 0,
             records: BTreeMap::new(),
             evicted: None,
             pages: BTreeMap::new(),

@@ -8,7 +8,7 @@ use crate::store::{self, DeviceError, Inspected, InspectedPage};
 use lamina_protocol::codec::{DecodeError, decode};
 use lamina_protocol::ids::{CopyId, ServerId, VolumeId};
 use lamina_protocol::layer::{BLOCK_BYTES, BlockState, PageKey};
-use lamina_protocol::map::{InvalidMap, MemberState, VolumeMap};
+use lamina_protocol::map::{InvalidMap, Member, MemberState, VolumeMap};
 use lamina_protocol::storage_server::medium::CopyRecord;
 use lamina_protocol::storage_server::read_blob;
 use std::collections::{BTreeMap, BTreeSet};
@@ -140,22 +140,24 @@ impl Finds {
         Ok(())
     }
 
-    /// Compares the copies of each group with its first `Active` one, page by page.
+    /// Compares the copies of each group with its first `Active` one that is here, page by page; without one, with the first
+    /// that is here.
     fn compare(&mut self, map: &VolumeMap, out: &mut impl Write) -> Result<bool, InspectError> {
         writeln!(out, "volume {}: generation {}, {} bytes", map.volume, map.generation, map.size)?;
         let mut equal = true;
         for (placement, number, group) in map.groups() {
-            let mut first = None;
+            let here = |copy: CopyId| self.copies.contains_key(&copy);
+            let of_state = |active: bool| {
+                let fits = |m: &&Member| here(m.copy) && (m.state == MemberState::Active) == active;
+                group.members.iter().find(fits).map(|m| m.copy)
+            };
+            let measure = of_state(true).or(of_state(false));
             for member in &group.members {
-                let here = self.copies.contains_key(&member.copy);
                 write!(out, "  group {number}: copy {} {:?} on {}", member.copy, member.state, member.server)?;
-                match (here, first) {
-                    (false, _) => writeln!(out, ": not on these devices")?,
-                    (true, None) => {
-                        writeln!(out, ": the others are compared with it")?;
-                        first = Some(member.copy);
-                    }
-                    (true, Some(first)) => {
+                match measure.filter(|_| self.copies.contains_key(&member.copy)) {
+                    None => writeln!(out, ": not on these devices")?,
+                    Some(first) if first == member.copy => writeln!(out, ": the others are compared with it")?,
+                    Some(first) => {
                         let differing = self.differing(map, placement, first, member.copy)?;
                         writeln!(out, ": {differing} blocks differ")?;
                         equal &= differing == 0 || member.state != MemberState::Active;
@@ -227,7 +229,7 @@ impl Finds {
         page: u64,
     ) -> Result<Vec<Option<InspectedPage>>, InspectError> {
         let group = &map.placements[map.top().placement as usize].groups[group as usize];
-        let here = |m: &&lamina_protocol::map::Member| self.copies.contains_key(&m.copy);
+        let here = |m: &&Member| self.copies.contains_key(&m.copy);
         let sources: Vec<CopyId> = group.in_state(MemberState::Active).filter(here).map(|m| m.copy).collect();
         sources.into_iter().map(|copy| self.page(copy, map.top().id, page)).collect()
     }

@@ -107,7 +107,7 @@ mod tests {
     use super::*;
 
     fn sample(cpu_micros: u64) -> Sample {
-        let outcome = Outcome { requests: 10, rate: 5.0, p50: 1.0, p99: 2.0, client_cpu: Duration::ZERO };
+        let outcome = Outcome { requests: 10, rate: 5.0, p50: 1.0, p99: 2.0, longest: 3.0, client_cpu: Duration::ZERO };
         Sample { outcome, cpu: Duration::from_micros(cpu_micros) }
     }
 

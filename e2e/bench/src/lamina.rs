@@ -72,6 +72,8 @@ pub struct Cluster {
 pub struct Export {
     /// Name of the volume.
     pub volume: String,
+    /// Its size.
+    pub bytes: u64,
     /// What a load goes to.
     pub target: Target,
     /// The driver's process.
@@ -187,7 +189,7 @@ impl Cluster {
         let program = Program::start(&name, &self.folder, command)?;
         program.wait_for_socket(&socket)?;
         let (volume, program) = (volume.to_owned(), Arc::new(program));
-        Ok(Export { volume, target: Target::Nbd(socket), program })
+        Ok(Export { volume, bytes, target: Target::Nbd(socket), program })
     }
 
     /// As [`Self::export`], with one copy or two, as one of those that are compared.

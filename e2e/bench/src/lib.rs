@@ -12,4 +12,5 @@ pub mod load;
 pub mod peers;
 pub mod place;
 pub mod process;
+pub mod replication;
 pub mod report;

@@ -49,6 +49,19 @@ pub const WORKS: [Work; 7] = [
     Work { name: "1 MiB sequential write, depth 4", pattern: "write", block: 1 << 20, depth: 4, synced: false },
 ];
 
+/// Random writes of 4 KiB, for so long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Writes {
+    /// Bytes from the beginning of the volume that they go to; every block once before any is written again.
+    pub region: u64,
+    /// At a time.
+    pub depth: u32,
+    /// What is measured.
+    pub time: Duration,
+    /// Before that, not measured.
+    pub before: Duration,
+}
+
 /// What one run of fio measured.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Outcome {
@@ -60,6 +73,8 @@ pub struct Outcome {
     pub p50: f64,
     /// 99th percentile, likewise.
     pub p99: f64,
+    /// Longest of all, likewise: while something is killed, how long nothing came back.
+    pub longest: f64,
     /// CPU time of fio itself.
     pub client_cpu: Duration,
 }
@@ -90,6 +105,23 @@ impl Target {
             let flush = if matches!(self, Self::Raw(_)) { "fdatasync" } else { "fsync" };
             command.arg(format!("--{flush}={every}"));
         }
+        outcome(&run(command)?, work)
+    }
+
+    /// Random writes.
+    ///
+    /// # Errors
+    /// fio's.
+    pub fn write(&self, writes: Writes) -> Result<Outcome> {
+        let Writes { region, depth, time, before } = writes;
+        let mut command = self.fio(region);
+        command.args(["--rw=randwrite", "--bs=4096", "--randrepeat=0", "--time_based"]);
+        command.arg(format!("--iodepth={depth}")).arg(format!("--fsync={}", FLUSH_BYTES / 4096));
+        command.arg(format!("--runtime={}ms", time.as_millis()));
+        if !before.is_zero() {
+            command.arg(format!("--ramp_time={}ms", before.as_millis()));
+        }
+        let work = Work { name: "writes", pattern: "randwrite", block: 4096, depth, synced: false };
         outcome(&run(command)?, work)
     }
 
@@ -134,16 +166,17 @@ fn outcome(report: &Value, work: Work) -> Result<Outcome> {
     let requests = number(side, "/total_ios")?;
     let percent = number(job, "/usr_cpu")? + number(job, "/sys_cpu")?;
     let runtime = number(job, "/job_runtime")? / 1000.0;
-    let percentile = |name: &str| -> Result<f64> {
-        let flush = if work.synced { number(&job["sync"], &format!("/lat_ns/percentile/{name}"))? } else { 0.0 };
-        Ok((number(side, &format!("/lat_ns/percentile/{name}"))? + flush) / 1000.0)
+    let latency = |name: &str| -> Result<f64> {
+        let flush = if work.synced { number(&job["sync"], &format!("/lat_ns/{name}"))? } else { 0.0 };
+        Ok((number(side, &format!("/lat_ns/{name}"))? + flush) / 1000.0)
     };
     anyhow::ensure!(requests > 0.0, "fio did nothing");
     Ok(Outcome {
         requests: requests as u64,
         rate: number(side, "/iops")?,
-        p50: percentile("50.000000")?,
-        p99: percentile("99.000000")?,
+        p50: latency("percentile/50.000000")?,
+        p99: latency("percentile/99.000000")?,
+        longest: latency("max")?,
         client_cpu: Duration::from_secs_f64(percent / 100.0 * runtime),
     })
 }
@@ -155,7 +188,8 @@ mod tests {
     use serde_json::json;
 
     fn report() -> Value {
-        let percentile = |p50, p99| json!({"percentile": {"50.000000": p50, "99.000000": p99}});
+        let percentile =
+            |p50: u32, p99: u32| json!({"percentile": {"50.000000": p50, "99.000000": p99}, "max": 2 * p99});
         json!({"jobs": [{
             "usr_cpu": 10.0, "sys_cpu": 15.0, "job_runtime": 2000,
             "write": {"total_ios": 100, "iops": 50.0, "lat_ns": percentile(1000, 3000)},
@@ -168,7 +202,8 @@ mod tests {
         let synced = outcome(&report(), WORKS[4]).unwrap();
         assert_eq!((synced.requests, synced.p50, synced.p99), (100, 41.0, 53.0));
         assert_eq!(synced.client_cpu, Duration::from_millis(500));
-        assert_eq!(outcome(&report(), WORKS[2]).unwrap().p50, 1.0);
+        let plain = outcome(&report(), WORKS[2]).unwrap();
+        assert_eq!((plain.p50, plain.longest), (1.0, 6.0));
     }
 
     #[test]

@@ -9,6 +9,7 @@ use lamina_bench::contender::Contender;
 use lamina_bench::figures::{Figures, Sample};
 use lamina_bench::lamina::{Cluster, Mode, Shape};
 use lamina_bench::load::WORKS;
+use lamina_bench::replication::{PARTS, Settings};
 use lamina_bench::report::{self, Conditions};
 use lamina_bench::{floor, idle, peers};
 use std::path::PathBuf;
@@ -20,6 +21,8 @@ const EXAMPLES: &str = "Examples:
   lamina-bench run --dir /mnt/disk --output results.md
   lamina-bench run --short                   one short round, only to see that it works
   lamina-bench idle                          an attached volume that nobody uses, for 60 s
+  lamina-bench replication                   what sync bits, outages, lost servers and fills cost, about 10 minutes
+  lamina-bench replication --only outage --mebibytes 1024
 
 Needs Lamina's programs beside this one (cargo build --release), fio, qemu-nbd and nbdkit (Debian: fio qemu-utils nbdkit).";
 
@@ -59,6 +62,21 @@ enum Verb {
         /// Only rows whose names contain this
         #[arg(long, default_value = "")]
         only: String,
+    },
+    /// What replication costs: sync bits, an outage of 10 s, ten killed servers, a fill beside writes
+    Replication {
+        /// Rounds of what is compared
+        #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=50))]
+        rounds: u8,
+        /// Seconds of each measured run
+        #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=600))]
+        seconds: u16,
+        /// MiB of each volume; four times that, and 3 GiB more, must be free below --dir
+        #[arg(long, default_value_t = 8192, value_parser = clap::value_parser!(u64).range(64..=65536))]
+        mebibytes: u64,
+        /// Only the part of this name
+        #[arg(long, value_parser = ["cold", "outage", "gap", "fill"])]
+        only: Option<String>,
     },
     /// Only idle volumes: CPU of all processes
     Idle {
@@ -115,6 +133,14 @@ fn act(arguments: &Arguments) -> Result<()> {
             run(&Bench { programs, folder, rounds, time, mebibytes: *mebibytes, only }, false)?
         }
         (Verb::FloorFront { .. } | Verb::FloorDisk { .. }, _) => return Ok(()),
+        (Verb::Replication { rounds, seconds, mebibytes, only }, short) => {
+            let folder = folder.path().to_owned();
+            let time = Duration::from_secs((*seconds).into());
+            let (away, volume_bytes) = (Duration::from_secs(10), mebibytes << 20);
+            let all =
+                Settings { programs, folder, rounds: (*rounds).into(), time, volume_bytes, away, kills: 10, stops: 3 };
+            parts(&if short { shorter(all) } else { all }, only.as_deref())?
+        }
         (Verb::Idle { seconds }, short) => {
             let bench = Bench { programs, folder, rounds: 0, time: Duration::ZERO, mebibytes: 64, only: "" };
             let (_clusters, contenders) = bench.lamina(&[Mode::InPlace])?;
@@ -127,6 +153,23 @@ fn act(arguments: &Arguments) -> Result<()> {
         .output
         .as_ref()
         .map_or(Ok(()), |path| std::fs::write(path, text).with_context(|| path.display().to_string()))
+}
+
+/// Little of everything.
+fn shorter(settings: Settings) -> Settings {
+    let (time, away) = (Duration::from_millis(500), Duration::from_secs(5));
+    Settings { rounds: 1, time, volume_bytes: 256 << 20, away, kills: 1, stops: 1, ..settings }
+}
+
+fn parts(settings: &Settings, only: Option<&str>) -> Result<String> {
+    let mut text = format!("Machine: {}. Load when it began: {}.\n", report::machine(), report::load_average());
+    for (name, measure) in PARTS.into_iter().filter(|(name, _)| only.is_none_or(|only| only == *name)) {
+        say(format_args!("{name} …"));
+        text += "\n";
+        text += &measure(settings).context(name)?;
+        std::fs::remove_dir_all(settings.folder.join(name))?;
+    }
+    Ok(text)
 }
 
 struct Bench<'a> {

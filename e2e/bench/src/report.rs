@@ -34,6 +34,13 @@ pub fn machine() -> String {
     format!("{cores} cores ({model}), {gibibytes} GiB of memory, Linux {}", kernel.join("."))
 }
 
+/// How busy the machine is with others, over the last minute; a part of a core each.
+#[must_use]
+pub fn load_average() -> String {
+    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split(' ').next().unwrap_or_default().to_owned()
+}
+
 /// The whole report.
 #[must_use]
 pub fn report(contenders: &[Contender], figures: &Figures, conditions: Conditions) -> String {

@@ -195,7 +195,7 @@ fn no_wrong_byte_when_the_disks_are_full_and_writes_go_on_when_there_is_room_aga
     stage.until("out of space", |volume| stage::condition_is(volume, "OutOfSpace", "True"));
     // What has its place goes on; what needs a new page is refused whole.
     load.more_passes(1);
-    let refused = load::write_until_full_behind(&stage.export.target);
+    let refused = load::write_behind(&stage.export.target);
     assert!(refused > 0, "a new page was found on full disks");
     load.more_passes(1);
     stage.let_go(filler);

@@ -109,11 +109,12 @@ impl Driver {
         }
     }
 
-    /// All receivers have room: the write goes out.
+    /// All receivers have made slots for its pages, beside the credit: the write goes out.
     pub(super) fn room_granted(&mut self, id: OpId) {
         let view = self.view.clone().expect("the attempt runs under a map");
-        let pages = self.unpaid_pages(id, &view);
-        self.pay(&pages, &view);
+        for (group, page) in self.unpaid_pages(id, &view) {
+            self.allocated.insert(group, page);
+        }
         let op = self.ops.get_mut(&id).expect("the caller found it");
         op.state = State::Running;
         op.attempt.next = Some(0);

@@ -7,7 +7,7 @@
 use super::contract::{ConnId, Output, Violation};
 use super::{Owner, StorageServer};
 use crate::ids::{BootId, Generation, Incarnation, OpenNumber, SessionId, VolumeId};
-use crate::limits::{CREDIT_PAGES, MAX_FRAME_BYTES, MAX_HANDLES, SPACE_RESERVE_DIVISOR, WINDOW_BYTES, WINDOW_REQUESTS};
+use crate::limits::{CREDIT_PAGES, CREDIT_SHARE, MAX_FRAME_BYTES, MAX_HANDLES, WINDOW_BYTES, WINDOW_REQUESTS};
 use crate::mutants::{Mutant, on};
 use crate::wire::{
     Class, HandleId, Opener, ReplyBody, ReplyFrame, ReplyHeader, RequestBody, RequestHeader, RequestId, WIRE_VERSION,
@@ -345,32 +345,26 @@ impl StorageServer {
         }
         let room = self.room_pages(handle.volume);
         if let Some(handle) = self.handles.get_mut(&id) {
-            handle.granted += room.min(CREDIT_PAGES);
+            // Of little room each gets a little: who takes nothing of it does not starve the others.
+            handle.granted += (room / CREDIT_SHARE).min(CREDIT_PAGES);
         }
     }
 
     /// Pages that can still be promised to somebody, on the device of this volume with least room.
     fn room_pages(&self, volume: VolumeId) -> u64 {
         let Some(known) = self.volumes.get(&volume) else { return 0 };
-        let page_bytes =
-            |v: &super::Volume| v.copies.values().flat_map(|c| c.layers.values()).map(|l| l.page_bytes).max();
-        let promised: u64 = self
-            .handles
-            .values()
-            .filter(|h| !h.dead)
-            .map(|h| {
-                let bytes = self.volumes.get(&h.volume).and_then(page_bytes).unwrap_or(0);
-                h.granted.saturating_sub(h.used) * u64::from(bytes)
-            })
-            .sum();
-        // A device that just failed is gone before its copies know: there is no room on it.
-        let free = |boot: &BootId| {
-            let room = |d: &super::Device| d.free_bytes.saturating_sub(d.capacity_bytes / SPACE_RESERVE_DIVISOR);
-            self.devices.get(boot).map_or(0, room)
-        };
-        let least = known.boots().iter().map(free).min().unwrap_or(0);
-        let page = u64::from(page_bytes(known).unwrap_or(u32::MAX));
-        least.saturating_sub(promised) / page.max(1)
+        let least = known.boots().iter().map(|boot| self.room_bytes(*boot)).min().unwrap_or(0);
+        least / u64::from(largest_page(known).unwrap_or(u32::MAX)).max(1)
+    }
+
+    /// Bytes of pages that handles were promised and have not taken.
+    pub(super) fn promised_bytes(&self) -> u64 {
+        let live = self.handles.values().filter(|h| !h.dead);
+        let promised = live.map(|h| {
+            let bytes = self.volumes.get(&h.volume).and_then(largest_page).unwrap_or(0);
+            h.granted.saturating_sub(h.used) * u64::from(bytes)
+        });
+        promised.sum()
     }
 
     /// Sends a reply; the boot id is that of the copy's device, the credit that of the handle.
@@ -403,4 +397,8 @@ impl StorageServer {
             self.answer(conn, &header, BootId::NONE, ReplyBody::Map { map: map.clone() }, Bytes::new());
         }
     }
+}
+
+fn largest_page(volume: &super::Volume) -> Option<u32> {
+    volume.copies.values().flat_map(|c| c.layers.values()).map(|l| l.page_bytes).max()
 }

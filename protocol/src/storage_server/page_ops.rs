@@ -159,6 +159,11 @@ impl Exec {
         self.outstanding += more;
     }
 
+    /// The reservation that it is, if it is one.
+    pub(super) fn as_reserve(&self) -> Option<&Reserve> {
+        if let Work::Reserve(reserve) = &self.work { Some(reserve) } else { None }
+    }
+
     /// Whether the medium owes nothing.
     pub(super) fn is_answered(&self) -> bool {
         self.outstanding == 0
@@ -307,9 +312,7 @@ impl StorageServer {
                 self.run_read(id, boot, page, &runs);
             }
             Work::Write { data, .. } => {
-                let takes_room = !record.allocated;
                 let what = MediumOp::Write { page, first, data: data.clone() };
-                self.count_room(id, takes_room);
                 self.exec_medium(id, first, what);
             }
             Work::Discard { .. } => {
@@ -336,13 +339,6 @@ impl StorageServer {
         exec.outstanding += 1;
         let boot = exec.boot;
         self.medium(boot, Owner::ExecNext(id), what);
-    }
-
-    fn count_room(&mut self, id: ExecId, takes_room: bool) {
-        let Some(to) = self.execs[&id].work.reply_to().filter(|_| takes_room) else { return };
-        if let Some(handle) = self.handles.get_mut(&to.header.handle) {
-            handle.used += 1;
-        }
     }
 
     fn run_read(&mut self, id: ExecId, boot: BootId, page: PageKey, runs: &[(Range<u32>, BlockState)]) {
@@ -390,10 +386,14 @@ impl StorageServer {
                 serve.keep(block, data, &bad);
                 self.note_bad(id, block, &bad);
             }
-            (Work::Write { data, .. }, _) => {
+            (Work::Write { to, data, .. }, _) => {
                 let record = record.expect("kept while its page has work");
-                record.allocated = true;
+                let takes_room = !std::mem::replace(&mut record.allocated, true);
                 record.blocks.set_range(block..block + (data.len() as u32 / BLOCK_BYTES), BlockState::Present);
+                // Not before: until now what is free did not show it.
+                if let Some(handle) = self.handles.get_mut(&to.header.handle).filter(|_| takes_room) {
+                    handle.used += 1;
+                }
             }
             (Work::Discard { .. }, _) => {
                 let record = record.expect("kept while its page has work");

@@ -28,7 +28,7 @@ impl StorageServer {
             device: d.device,
             boot: *boot,
             capacity_bytes: d.capacity_bytes,
-            free_bytes: d.free_bytes,
+            free_bytes: self.free_to_tell(*boot),
         });
         ControlReply::Alive(Alive {
             server: self.config.server,

@@ -1,7 +1,8 @@
 //! `Reserve`: slots for pages before their first write, or ENOSPC before anything was sent (PROTOCOL.md §4.2, R8).
 //!
 //! Invariant: a page that has a slot is never refused. What is not in memory is looked up before anything is refused for
-//! lack of room; a page that has none is given one only beside the reserve of its device.
+//! lack of room; a page that has none is given one only beside the reserve of its device and all that others were promised.
+//! What is reserved here counts neither as credit nor against it: a page that is asked for twice is there once.
 
 use super::compare::Needs;
 use super::handles::ReplyTo;
@@ -23,6 +24,8 @@ pub(super) struct Reserve {
     pages: Vec<Wanted>,
     /// The records of pages that are not in memory are being loaded.
     looking: bool,
+    /// The devices are making the slots.
+    taking: bool,
 }
 
 /// One of them.
@@ -38,6 +41,12 @@ struct Wanted {
 impl Reserve {
     pub(super) fn uses(&self, boot: BootId) -> bool {
         self.pages.iter().any(|wanted| wanted.boot == boot)
+    }
+
+    /// Bytes that it takes of a device just now, which do not show in what is free there yet.
+    fn takes(&self, boot: BootId) -> u64 {
+        let lacking = self.pages.iter().filter(|wanted| self.taking && wanted.boot == boot && !wanted.allocated);
+        lacking.map(|wanted| wanted.bytes).sum()
     }
 
     /// What is reserved now.
@@ -64,7 +73,8 @@ impl StorageServer {
             }
         }
         let Some(first) = wanted.first().map(|wanted| wanted.boot) else { return self.simple(to, ReplyBody::Done) };
-        let exec = self.admit(Exec::reserve(volume, first, Reserve { to, pages: wanted, looking: false }));
+        let exec =
+            self.admit(Exec::reserve(volume, first, Reserve { to, pages: wanted, looking: false, taking: false }));
         if self.has_room(exec) {
             return self.allocate(exec);
         }
@@ -72,17 +82,45 @@ impl StorageServer {
         self.finish_if_done(exec);
     }
 
-    /// Whether every device has room for those that are not known to have a slot.
-    fn has_room(&self, id: ExecId) -> bool {
+    /// Bytes that are wanted of each device for pages that are not known to have a slot.
+    fn lacking(&self, id: ExecId) -> BTreeMap<BootId, u64> {
         let Work::Reserve(reserve) = &self.execs[&id].work else { unreachable!("a reservation") };
         let mut lacking: BTreeMap<BootId, u64> = BTreeMap::new();
         for wanted in reserve.pages.iter().filter(|wanted| !wanted.allocated) {
             *lacking.entry(wanted.boot).or_default() += wanted.bytes;
         }
-        lacking.iter().all(|(boot, bytes)| {
-            let device = &self.devices[boot];
-            device.free_bytes >= bytes + device.capacity_bytes / SPACE_RESERVE_DIVISOR
-        })
+        lacking
+    }
+
+    fn has_room(&self, id: ExecId) -> bool {
+        self.lacking(id).iter().all(|(boot, bytes)| *bytes <= self.room_bytes(*boot))
+    }
+
+    fn refuse_room(&mut self, id: ExecId) {
+        for (boot, bytes) in self.lacking(id) {
+            let is_lacking = bytes > self.room_bytes(boot);
+            if let Some(device) = self.devices.get_mut(&boot).filter(|_| is_lacking) {
+                device.lacked_bytes = bytes;
+            }
+        }
+        self.execs.get_mut(&id).expect("looked at by the caller").refuse_room();
+    }
+
+    /// What the leader hears is free: no more than the reserve while a page is refused, whoever was promised the rest.
+    pub(super) fn free_to_tell(&self, boot: BootId) -> u64 {
+        let device = &self.devices[&boot];
+        let reserve = device.capacity_bytes / SPACE_RESERVE_DIVISOR;
+        let refuses = device.lacked_bytes > self.room_bytes(boot);
+        if refuses { device.free_bytes.min(reserve) } else { device.free_bytes }
+    }
+
+    /// Bytes of a device that nobody has, beside its reserve and all that was promised. A device that just failed is gone
+    /// before its copies know: there is no room on it.
+    pub(super) fn room_bytes(&self, boot: BootId) -> u64 {
+        let Some(device) = self.devices.get(&boot) else { return 0 };
+        let taken = self.execs.values().filter_map(Exec::as_reserve).map(|reserve| reserve.takes(boot)).sum::<u64>();
+        let reserve = device.capacity_bytes / SPACE_RESERVE_DIVISOR;
+        device.free_bytes.saturating_sub(reserve + taken + self.promised_bytes())
     }
 
     /// Loads the records that are not in memory; without any there is no room.
@@ -94,7 +132,7 @@ impl StorageServer {
         let unknown: Vec<(u32, Wanted)> = all.filter(|(_, wanted)| unknown(wanted)).collect();
         reserve.looking = !unknown.is_empty();
         if unknown.is_empty() {
-            return exec.refuse_room();
+            return self.refuse_room(id);
         }
         exec.await_answers(unknown.len() as u32);
         for (number, Wanted { boot, page, .. }) in unknown {
@@ -104,7 +142,8 @@ impl StorageServer {
 
     fn allocate(&mut self, id: ExecId) {
         let exec = self.execs.get_mut(&id).expect("looked at by the caller");
-        let Work::Reserve(reserve) = &exec.work else { unreachable!("a reservation") };
+        let Work::Reserve(reserve) = &mut exec.work else { unreachable!("a reservation") };
+        reserve.taking = true;
         let mut pages: BTreeMap<BootId, Vec<PageKey>> = BTreeMap::new();
         for (boot, page) in reserve.pages() {
             pages.entry(boot).or_default().push(page);
@@ -132,17 +171,13 @@ impl StorageServer {
             if self.has_room(id) {
                 return self.allocate(id);
             }
-            self.execs.get_mut(&id).expect("looked at above").refuse_room();
+            self.refuse_room(id);
         }
         self.finish_if_done(id);
     }
 
-    /// The slots are there: they count as promised and taken.
+    /// The slots are there.
     pub(super) fn reserved(&mut self, reserve: &Reserve) {
-        if let Some(handle) = self.handles.get_mut(&reserve.to.header.handle) {
-            handle.granted += reserve.pages().len() as u64;
-            handle.used += reserve.pages().len() as u64;
-        }
         for (boot, page) in reserve.pages() {
             if let Some(record) = self.devices.get_mut(&boot).and_then(|d| d.records.get_mut(&page)) {
                 record.allocated = true;

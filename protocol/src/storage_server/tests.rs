@@ -341,3 +341,40 @@ fn m2_nothing_is_served_under_a_map_before_it_is_durable() {
     assert_eq!(net.pushed, [Generation(2), Generation(2)], "to the open handle, and to whoever was ahead");
     assert_eq!(net.ask(0, handle, 2, write_at(0, 0), block(7)).body, ReplyBody::Done);
 }
+
+/// Found by fio on full disks: writes side by side asked for room for the same pages, and each time that counted as credit.
+#[test]
+fn r8_credit_and_reservations_together_never_promise_more_room_than_there_is() {
+    const ROOM: u64 = 8;
+    const PAGES: u64 = 16;
+    let mut net = Net::started(1);
+    let reserve = (1 << 30) / crate::limits::SPACE_RESERVE_DIVISOR;
+    net.servers[0].medium.free = reserve + ROOM * 65536;
+    let handle = net.open(0, 1, 1);
+    let mut credit = net.ask(0, handle, 1, read_at(0), Bytes::new()).header.credit;
+    let (mut spent, mut page) = (0, 0);
+    // Much at once, and the disk is slow: what is free shows what was taken only late.
+    for _ in 0..6 {
+        net.servers[0].medium.hold = true;
+        while spent < credit && page < PAGES {
+            net.send(0, handle, 1, write_at(page, 0), block(1));
+            (spent, page) = (spent + 1, page + 1);
+        }
+        let reserved = page..PAGES.min(page + 3);
+        page = reserved.end;
+        for page in reserved {
+            let twice = RequestBody::Reserve { pages: vec![(LAYER, (0, page))] };
+            net.send(0, handle, 1, twice.clone(), Bytes::new());
+            net.send(0, handle, 1, twice, Bytes::new());
+        }
+        net.run();
+        net.servers[0].medium.hold = false;
+        net.run();
+        credit = net.replies.drain(..).map(|reply| reply.header.credit).max().unwrap_or(credit);
+    }
+    let left = net.servers[0].medium.free;
+    assert!(left >= reserve, "{} pages of the reserve were promised", (reserve - left) / 65536);
+    assert!(left < reserve + 65536 * ROOM / 2, "most of the room can be had");
+    let ControlReply::Alive(alive) = net.control(0, ControlRequest::Heartbeat { lease_number: 1 }) else { panic!() };
+    assert!(alive.devices[0].free_bytes <= reserve, "the leader hears that pages are refused");
+}

@@ -163,17 +163,17 @@ impl Server {
         self.up()
     }
 
-    /// The sum of all series of its metrics that begin so; read on loopback only.
+    /// The sum of all series of a metric with this label; read on loopback only.
     ///
     /// # Errors
     /// It does not answer, or says no number.
-    pub fn metric(&self, begins: &str) -> Result<f64> {
+    pub fn metric(&self, name: &str, label: &str) -> Result<f64> {
         let addresses = self.addresses.context("it is up")?;
         let mut stream = TcpStream::connect(addresses.metrics)?;
         stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")?;
         let mut text = String::new();
         stream.read_to_string(&mut text)?;
-        sum_of(&text, begins)
+        sum_of(&text, name, label)
     }
 }
 
@@ -182,7 +182,8 @@ fn run(start: &Start<'_>, device: &Path, addresses: Option<Addresses>, id: Optio
     command.args(["serve", "--log-format", "json", "--cluster", start.cluster]);
     command.arg("--device").arg(format!("{},{}", device.display(), start.options));
     let any = start.place.any_port();
-    let Addresses { block, control, metrics } = addresses.unwrap_or(Addresses { block: any, control: any, metrics: any });
+    let Addresses { block, control, metrics } =
+        addresses.unwrap_or(Addresses { block: any, control: any, metrics: any });
     for (flag, address) in [("--listen", block), ("--control", control), ("--metrics", metrics)] {
         command.args([flag, &address.to_string()]);
     }
@@ -192,9 +193,10 @@ fn run(start: &Start<'_>, device: &Path, addresses: Option<Addresses>, id: Optio
     Program::start(&format!("server {}", start.name), start.folder, command)
 }
 
-/// The sum of all series that begin so.
-fn sum_of(text: &str, begins: &str) -> Result<f64> {
-    let numbers = text.lines().filter(|line| line.starts_with(begins));
+/// The sum of all series of a name with a label.
+fn sum_of(text: &str, name: &str, label: &str) -> Result<f64> {
+    let is_of = |line: &&str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with('{') && rest.contains(label));
+    let numbers = text.lines().filter(is_of);
     numbers.map(|line| line.rsplit(' ').next().unwrap_or("").parse::<f64>().with_context(|| line.to_owned())).sum()
 }
 
@@ -205,9 +207,10 @@ mod tests {
 
     #[test]
     fn series_of_a_name_are_summed_up_and_what_is_no_number_is_an_error() {
-        let text = "# HELP x y\nx_total{op=\"fill\",v=\"1\"} 5\nx_total{op=\"fill\",v=\"2\"} 7\nx_total{op=\"read\"} 1\n";
-        assert_eq!(sum_of(text, "x_total{op=\"fill\"").unwrap(), 12.0);
-        assert_eq!(sum_of(text, "z").unwrap(), 0.0);
-        assert!(sum_of("x y", "x").is_err());
+        let text =
+            "# HELP x y\nx_total{op=\"fill\",v=\"1\"} 5\nx_total{op=\"fill\",v=\"2\"} 7\nx_total{op=\"read\"} 1\n";
+        assert_eq!(sum_of(text, "x_total", "op=\"fill\"").unwrap(), 12.0);
+        assert_eq!(sum_of(text, "x", "op").unwrap(), 0.0);
+        assert!(sum_of("x{op} y", "x", "op").is_err());
     }
 }

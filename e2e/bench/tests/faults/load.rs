@@ -4,8 +4,8 @@ use anyhow::{Context, Result, bail};
 use lamina_bench::load::Target;
 use std::ops::Range;
 use std::process::{Command, Output};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -120,20 +120,22 @@ pub(crate) fn verify(target: &Target, pass: u32, region: Range<u64>) -> Result<(
     run(command).map(drop)
 }
 
-/// Writes to a volume, on and on past every refusal for want of space; how many there were.
+/// Writes all of a volume, on and on past every refusal for want of space; how many there were.
 pub(crate) fn write_until_full(target: &Target, bytes: u64) -> u64 {
-    write_past_refusals(target, &(0..bytes))
+    let mut command = fio(target, 3, &(0..bytes));
+    command.args(["--rw=write", "--bs=128k", "--iodepth=4", "--do_verify=0"]);
+    past_refusals(command)
 }
 
 /// Likewise what lies behind all that is there, with what was taken read back; how many refusals there were.
-pub(crate) fn write_until_full_behind(target: &Target) -> u64 {
-    write_past_refusals(target, &BEHIND)
+pub(crate) fn write_behind(target: &Target) -> u64 {
+    let mut command = fio(target, 3, &BEHIND);
+    command.args(["--rw=write", "--bs=4k", "--iodepth=32"]);
+    past_refusals(command)
 }
 
-fn write_past_refusals(target: &Target, region: &Range<u64>) -> u64 {
-    let mut command = fio(target, 3, region);
-    command.args(["--rw=write", "--bs=4k", "--iodepth=32", "--output-format=json"]);
-    command.args(["--continue_on_error=io", "--ignore_error=ENOSPC,ENOSPC,ENOSPC"]);
+fn past_refusals(mut command: Command) -> u64 {
+    command.args(["--output-format=json", "--continue_on_error=io", "--ignore_error=ENOSPC,ENOSPC,ENOSPC"]);
     let done = run(command).unwrap();
     let text = String::from_utf8_lossy(&done.stdout).into_owned();
     let report: serde_json::Value = serde_json::from_str(&text[text.find('{').unwrap()..]).unwrap();

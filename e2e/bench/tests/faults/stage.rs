@@ -15,7 +15,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
 const SERVERS: usize = 3;
 const DEVICE_BYTES: u64 = 96 << 20;
 /// Of a volume that does not fit.
-pub(crate) const FILLER_BYTES: u64 = 512 << 20;
+pub(crate) const FILLER_BYTES: u64 = 160 << 20;
 /// Two copies over three groups: every server holds two copies, each with another neighbour.
 pub(crate) const POLICY: &str = "striped";
 

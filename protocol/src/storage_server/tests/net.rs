@@ -36,8 +36,20 @@ impl Medium {
         })
     }
 
+    /// What gets its place takes of what is free.
+    fn take_room(&mut self, op: &MediumOp) {
+        let pages = match op {
+            MediumOp::Write { page, .. } if !self.full => std::slice::from_ref(page),
+            MediumOp::Allocate(pages) => pages,
+            _ => return,
+        };
+        let new = pages.iter().filter(|page| !self.pages.get(page).is_some_and(|(record, _)| record.allocated));
+        self.free = self.free.saturating_sub(new.count() as u64 * u64::from(PAGE));
+    }
+
     fn apply(&mut self, op: MediumOp) -> MediumAnswer {
         self.log.push(op.clone());
+        self.take_room(&op);
         match op {
             MediumOp::Write { page, .. } if self.full && !self.entry(page).0.allocated => return MediumAnswer::NoSpace,
             MediumOp::Load(page) => return MediumAnswer::Page(self.pages.get(&page).map(|(record, _)| record.clone())),
