@@ -66,7 +66,7 @@ step protocol cargo test -p lamina-protocol -p lamina-client
 step portable ./e2e/portable.sh
 step fuzz ./fuzz/run.sh 60
 export SIMULATED_SEEDS=2000
-step simulator cargo test --profile sim -p lamina-e2e --features mutants --lib --test simulation -- --nocapture
+step simulator cargo test --profile sim -p lamina-e2e --features mutants --lib --test simulation --test oracles -- --nocapture
 unset SIMULATED_SEEDS
 step mutants cargo run --profile sim -p lamina-e2e --features mutants --bin mutants -- --short --threads 2
 

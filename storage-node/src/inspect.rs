@@ -6,7 +6,7 @@
 use crate::args::Inspect;
 use crate::store::{self, DeviceError, Inspected, InspectedPage};
 use lamina_protocol::codec::{DecodeError, decode};
-use lamina_protocol::ids::{CopyId, ServerId, VolumeId};
+use lamina_protocol::ids::{CopyId, LayerId, ServerId, VolumeId};
 use lamina_protocol::layer::{BLOCK_BYTES, BlockState, PageKey};
 use lamina_protocol::map::{InvalidMap, Member, MemberState, VolumeMap};
 use lamina_protocol::storage_server::medium::CopyRecord;
@@ -78,7 +78,7 @@ enum Content<'a> {
     Unknown,
 }
 
-/// Runs the command. False = `Active` copies of a group differ.
+/// Runs the command. False = `Active` copies of a group differ, or any copies without a mark that says so (PROTOCOL.md I6).
 pub fn inspect(args: &Inspect, out: &mut impl Write) -> Result<bool, InspectError> {
     let mut finds = open_all(&args.devices, out)?;
     if let Some(path) = &args.map {
@@ -112,9 +112,14 @@ fn open_all(paths: &[PathBuf], out: &mut impl Write) -> Result<Finds, InspectErr
         writeln!(out, "  {capacity} bytes for pages, {free} free")?;
         for copy in device.copies() {
             let pages: usize = copy.layers.iter().map(|layer| device.pages(copy.copy, layer.layer).len()).sum();
+            let pending: usize = copy.layers.iter().map(|layer| device.pending(copy.copy, layer.layer)).sum();
             let unsynced = copy.layers.iter().any(|layer| layer.cursor != u64::MAX);
             let note = if unsynced { ", not yet filled" } else { "" };
-            writeln!(out, "  copy {} of volume {}: group {}, {pages} pages{note}", copy.copy, copy.volume, copy.group)?;
+            writeln!(
+                out,
+                "  copy {} of volume {}: group {}, {pages} pages, {pending} pending{note}",
+                copy.copy, copy.volume, copy.group
+            )?;
             finds.copies.insert(copy.copy, (finds.devices.len(), server, copy));
         }
         for (volume, blob) in device.volumes() {
@@ -158,9 +163,11 @@ impl Finds {
                     None => writeln!(out, ": not on these devices")?,
                     Some(first) if first == member.copy => writeln!(out, ": the others are compared with it")?,
                     Some(first) => {
-                        let differing = self.differing(map, placement, first, member.copy)?;
-                        writeln!(out, ": {differing} blocks differ")?;
-                        equal &= differing == 0 || member.state != MemberState::Active;
+                        let Differing { blocks, unmarked } = self.differing(map, placement, first, member.copy)?;
+                        let marks =
+                            if blocks == 0 { String::new() } else { format!(", {unmarked} of them without a mark") };
+                        writeln!(out, ": {blocks} blocks differ{marks}")?;
+                        equal &= blocks == 0 || (member.state != MemberState::Active && unmarked == 0);
                     }
                 }
             }
@@ -168,8 +175,8 @@ impl Finds {
         Ok(equal)
     }
 
-    fn differing(&mut self, map: &VolumeMap, placement: u32, a: CopyId, b: CopyId) -> Result<u64, InspectError> {
-        let mut differing = 0;
+    fn differing(&mut self, map: &VolumeMap, placement: u32, a: CopyId, b: CopyId) -> Result<Differing, InspectError> {
+        let mut differing = Differing::default();
         for layer in map.layers.iter().filter(|layer| layer.placement == placement) {
             let pages: BTreeSet<u64> =
                 [a, b].iter().flat_map(|c| self.devices[self.copies[c].0].pages(*c, layer.id)).collect();
@@ -179,18 +186,28 @@ impl Finds {
                     (Content::Unknown, _) | (_, Content::Unknown) => false,
                     (x, y) => x == y,
                 };
-                differing += (0..layer.page_bytes / BLOCK_BYTES).filter(|block| !same(block)).count() as u64;
+                let blocks = (0..layer.page_bytes / BLOCK_BYTES).filter(|block| !same(block)).count() as u64;
+                let says = |of: CopyId, found: &Option<InspectedPage>, other: CopyId| {
+                    let bit = map.place_of(other).map_or(0, |(_, _, member)| 1 << member.ordinal);
+                    let marked = |found: &InspectedPage| {
+                        let record = &found.record;
+                        record.pending || record.unsynced || record.missed & bit != 0 || !found.bad.is_empty()
+                    };
+                    self.is_unfilled(of, layer.id, page) || found.as_ref().is_some_and(marked)
+                };
+                differing.blocks += blocks;
+                differing.unmarked += if says(a, &left, b) || says(b, &right, a) { 0 } else { blocks };
             }
         }
         Ok(differing)
     }
 
-    fn page(
-        &mut self,
-        copy: CopyId,
-        layer: lamina_protocol::ids::LayerId,
-        page: u64,
-    ) -> Result<Option<InspectedPage>, InspectError> {
+    /// Whether the fill of a layer has not come to a page yet.
+    fn is_unfilled(&self, copy: CopyId, layer: LayerId, page: u64) -> bool {
+        self.copies[&copy].2.layers.iter().any(|of| of.layer == layer && page >= of.cursor)
+    }
+
+    fn page(&mut self, copy: CopyId, layer: LayerId, page: u64) -> Result<Option<InspectedPage>, InspectError> {
         let device = self.copies[&copy].0;
         let read = self.devices[device].page(PageKey { copy, layer, page });
         read.map_err(|why| InspectError::Device { path: PathBuf::from(copy.to_string()), why })
@@ -233,6 +250,14 @@ impl Finds {
         let sources: Vec<CopyId> = group.in_state(MemberState::Active).filter(here).map(|m| m.copy).collect();
         sources.into_iter().map(|copy| self.page(copy, map.top().id, page)).collect()
     }
+}
+
+/// How two copies differ.
+#[derive(Clone, Copy, Default)]
+struct Differing {
+    blocks: u64,
+    /// Of those, in pages that neither copy has pending, missed by the other, or unsynced: against I6.
+    unmarked: u64,
 }
 
 /// Blocks that no copy has.

@@ -334,7 +334,7 @@ async fn a_cluster_wide_kill_9_during_writes_comes_back_with_every_acknowledged_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_cluster_wide_kill_9_with_every_driver_comes_back_with_every_flushed_write_and_equal_copies() {
+async fn i5_a_cluster_wide_kill_9_with_every_driver_comes_back_with_every_flushed_write_and_equal_copies() {
     let (dir, objects) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let mut servers = [Process::start(dir.path(), "a").await, Process::start(dir.path(), "b").await];
     let operator = Operator::start(objects.path()).await;

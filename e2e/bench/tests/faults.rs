@@ -136,8 +136,8 @@ fn no_wrong_byte_when_a_server_stands_still_and_goes_on() {
 }
 
 #[test]
-fn no_wrong_byte_when_servers_are_killed_one_after_the_other() {
-    let test = "no_wrong_byte_when_servers_are_killed_one_after_the_other";
+fn i4_no_wrong_byte_when_servers_are_killed_one_after_the_other() {
+    let test = "i4_no_wrong_byte_when_servers_are_killed_one_after_the_other";
     let Some(mut stage) = Stage::set(test) else { return };
     let load = Load::start(&stage.export.target);
     for victim in 0..3 {
@@ -168,8 +168,8 @@ fn no_wrong_byte_when_all_servers_are_killed_at_once() {
 }
 
 #[test]
-fn no_wrong_byte_when_a_disk_comes_back_blank() {
-    let test = "no_wrong_byte_when_a_disk_comes_back_blank";
+fn i7_no_wrong_byte_when_a_disk_comes_back_blank() {
+    let test = "i7_no_wrong_byte_when_a_disk_comes_back_blank";
     let Some(mut stage) = Stage::set(test) else { return };
     let load = Load::start(&stage.export.target);
     load.more_passes(1);
@@ -182,6 +182,56 @@ fn no_wrong_byte_when_a_disk_comes_back_blank() {
     assert_eq!(kept, copies.len() - 2, "the two copies that were there are new ones now");
     load.more_passes(1);
     stage.judge(load.end());
+}
+
+#[test]
+fn i3_what_is_under_way_when_all_is_killed_has_its_mark_on_every_disk() {
+    let test = "i3_what_is_under_way_when_all_is_killed_has_its_mark_on_every_disk";
+    let Some(stage) = Stage::set(test) else { return };
+    let load = Load::start(&stage.export.target);
+    load.more_passes(1);
+    stage.cluster.servers.iter().for_each(|server| server.kill().unwrap());
+    stage.export.program.kill().unwrap();
+    load.abandon();
+    let report = stage.inspect_the_dead();
+    let copies: Vec<&str> = report.lines().filter(|line| line.contains(" of volume ")).collect();
+    assert_eq!(copies.len(), 6, "{report}");
+    assert!(copies.iter().all(|line| !line.contains(", 0 pending")), "{report}");
+}
+
+#[test]
+fn i6_a_copy_that_is_left_out_differs_only_in_pages_that_say_so() {
+    let test = "i6_a_copy_that_is_left_out_differs_only_in_pages_that_say_so";
+    let Some(stage) = Stage::set(test) else { return };
+    let load = Load::start(&stage.export.target);
+    load.more_passes(1);
+    stage.cluster.servers[2].kill().unwrap();
+    stage.until("left out", is_degraded);
+    load.more_passes(1);
+    let report = stage.judge(load.end());
+    let differing = report.lines().filter(|line| line.contains(" differ, ")).count();
+    assert_eq!(differing, 2, "both copies of the one that was away are behind: {report}");
+}
+
+#[test]
+fn i8_nothing_is_served_while_only_a_copy_that_is_behind_is_there() {
+    let test = "i8_nothing_is_served_while_only_a_copy_that_is_behind_is_there";
+    let Some(mut stage) = Stage::set(test) else { return };
+    let load = Load::start(&stage.export.target);
+    load.more_passes(1);
+    stage.cluster.servers[1].kill().unwrap();
+    stage.until("left out", is_degraded);
+    load.more_passes(1);
+    let passes = load.end();
+    stage.cluster.servers[0].kill().unwrap();
+    stage.cluster.servers[2].kill().unwrap();
+    stage.cluster.servers[1].again().unwrap();
+    stage.until("unavailable", |volume| stage::condition_is(volume, "Available", "False"));
+    load::gets_no_answer(&stage.export.target);
+    stage.cluster.servers[0].again().unwrap();
+    stage.cluster.servers[2].again().unwrap();
+    stage.until("whole again", is_healthy);
+    stage.judge(passes);
 }
 
 #[test]

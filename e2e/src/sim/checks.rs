@@ -1,4 +1,4 @@
-//! Oracles of the invariants: I1, I2, I7, I8 and the raising of losses as each message or commit passes, I4 and I6 at
+//! Oracles of the invariants: I1, I2, I3, I7, I8 and the raising of losses as each message or commit passes, I4 and I6 at
 //! looks over the whole world. They read the fake disks, never a machine's memory.
 
 use super::net::ConnIndex;
@@ -24,6 +24,8 @@ pub(super) struct Checks {
     sessions: BTreeMap<ConnIndex, SessionId>,
     /// The generation under which each process of a server was last seen to serve, its map durable (M2).
     served: BTreeMap<(usize, u32), Generation>,
+    /// Places of writes under way there.
+    writes: BTreeMap<(ConnIndex, RequestId), Place>,
 }
 
 impl World {
@@ -36,7 +38,10 @@ impl World {
             RequestBody::Read { place } => {
                 self.checks.reads.insert(key, *place);
             }
-            RequestBody::Write { .. } | RequestBody::Discard { .. } | RequestBody::Flush => {}
+            RequestBody::Write { place } | RequestBody::Discard { place } => {
+                self.checks.writes.insert(key, *place);
+            }
+            RequestBody::Flush => {}
             RequestBody::Fill { .. } | RequestBody::Settle { .. } => {}
             RequestBody::Open { opener: Opener::Session { session }, .. } => {
                 self.checks.sessions.insert(conn, *session);
@@ -53,6 +58,7 @@ impl World {
         self.check_opened(n, frame);
         let Some(generation) = self.servers[n].requests.remove(&key) else { return };
         let place = self.checks.reads.remove(&key);
+        let written = self.checks.writes.remove(&key);
         count_reply(&mut self.counters, &frame.body);
         if matches!(frame.body, ReplyBody::Page { .. }) {
             self.moment(Moment::PageServed);
@@ -71,6 +77,9 @@ impl World {
         }
         self.check_standing(n, conn, generation);
         self.check_stored(n, generation);
+        if let Some(place) = written {
+            self.check_marked(n, generation, place);
+        }
         let Some(place) = place else { return };
         let Some(map) = self.store.maps.get(&generation) else {
             return self
@@ -115,6 +124,21 @@ impl World {
             self.fail(
                 "I2",
                 format!("server {n} serves under generation {generation}, of which durable is {kept} (M2)"),
+            );
+        }
+    }
+
+    /// I3: whoever acknowledges a write has its page pending on disk.
+    fn check_marked(&mut self, n: usize, generation: Generation, place: Place) {
+        let Some(map) = self.store.maps.get(&generation) else { return };
+        let Some(layer) = map.layers.iter().find(|l| l.id == place.layer) else { return };
+        let Some(member) = map.member_on(layer.placement, place.group, self.servers[n].id) else { return };
+        let disk = self.servers[n].disks.iter().find(|d| d.boot() == Some(member.boot));
+        if disk.is_some_and(|d| !d.is_pending(member.copy, place.layer, place.page)) {
+            let (copy, page) = (member.copy, place.page);
+            self.fail(
+                "I3",
+                format!("server {n} acknowledged a write of page {page} of {copy}, which is not pending there"),
             );
         }
     }

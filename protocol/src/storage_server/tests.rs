@@ -36,7 +36,7 @@ fn write_at(page: u64, offset: u32) -> RequestBody {
 }
 
 #[test]
-fn a_written_block_reads_back_and_its_page_is_marked_first() {
+fn i3_a_written_block_reads_back_and_its_page_is_marked_first() {
     let mut net = Net::started(1);
     let handle = net.open(0, 1, 1);
     assert_eq!(net.ask(0, handle, 1, write_at(0, 4096), block(7)).body, ReplyBody::Done);
@@ -248,7 +248,7 @@ fn a_blank_device_in_place_of_a_used_one_answers_no_copy_never_zeroes() {
 }
 
 #[test]
-fn promise_and_stored_generation_never_go_down() {
+fn i2_promise_and_stored_generation_never_go_down() {
     let mut net = Net::started(1);
     let fence =
         |g| ControlRequest::Fence(Fence { volume: VOLUME, generation: Generation(g), flush: false, unsync: vec![] });

@@ -67,6 +67,13 @@ impl Inspected {
         stack.map_or(Vec::new(), |stack| self.loaded.table.pages(stack).map(|(page, _)| page).collect())
     }
 
+    /// How many pages of a layer are pending.
+    pub fn pending(&self, copy: CopyId, layer: LayerId) -> usize {
+        let Some(stack) = self.loaded.catalog.stack_of(copy, layer) else { return 0 };
+        let pages = self.loaded.table.pages(stack);
+        pages.filter(|(_, number)| self.loaded.table.at(*number).has(PENDING)).count()
+    }
+
     /// One page, `None` if it has no entry.
     pub fn page(&mut self, page: PageKey) -> Result<Option<InspectedPage>, DeviceError> {
         let Some(stack) = self.loaded.catalog.stack_of(page.copy, page.layer) else { return Ok(None) };

@@ -90,7 +90,7 @@ async fn nothing_is_served_after_a_promise(leader: &mut Leader, hands: &mut Hand
 }
 
 #[tokio::test]
-async fn only_requests_of_the_own_generation_are_served_before_and_after_a_restart() {
+async fn i1_only_requests_of_the_own_generation_are_served_before_and_after_a_restart() {
     let dir = tempfile::tempdir().unwrap();
     let mut server = Process::start(dir.path(), "a").await;
     for own in [5, 7] {

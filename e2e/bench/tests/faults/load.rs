@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, bail};
 use lamina_bench::load::Target;
 use std::ops::Range;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::JoinHandle;
@@ -15,10 +15,10 @@ use crate::stage::PATIENCE;
 pub(crate) const HOT: Range<u64> = 0..4 << 20;
 /// What is written once, in the beginning.
 pub(crate) const COLD: Range<u64> = 4 << 20..12 << 20;
-/// What is written by the test of full disks alone.
-pub(crate) const BEHIND: Range<u64> = 12 << 20..16 << 20;
+/// What is written by the test of full disks alone: more than a driver was promised room for before (R8).
+pub(crate) const BEHIND: Range<u64> = 12 << 20..24 << 20;
 /// Bytes of the volume.
-pub(crate) const VOLUME_BYTES: u64 = 16 << 20;
+pub(crate) const VOLUME_BYTES: u64 = 24 << 20;
 
 /// Passes, until it is ended.
 pub(crate) struct Load {
@@ -56,6 +56,25 @@ impl Load {
         self.thread.join().unwrap().unwrap();
         self.passes.load(Ordering::SeqCst)
     }
+}
+
+impl Load {
+    /// It ends with whatever it reads from.
+    pub(crate) fn abandon(self) {
+        self.end.store(true, Ordering::SeqCst);
+        assert!(self.thread.join().unwrap().is_err(), "fio lost what it read from");
+    }
+}
+
+/// A read that waits as long as this looks.
+pub(crate) fn gets_no_answer(target: &Target) {
+    let mut command = fio(target, 1, &COLD);
+    let mut reading = command.args(["--rw=read", "--bs=4k"]).stdout(Stdio::null()).spawn().unwrap();
+    std::thread::sleep(Duration::from_secs(2));
+    let ended = reading.try_wait().unwrap();
+    reading.kill().unwrap();
+    reading.wait().unwrap();
+    assert_eq!(ended, None, "it was answered");
 }
 
 /// The number of the pass and the address, in every 9 bytes.

@@ -51,7 +51,7 @@ impl Stage {
             driver: network.place(Spot::Driver),
         };
         let cluster = Cluster::start(programs, folder.path(), shape).unwrap();
-        let policy = ["policy", "create", POLICY, "--copies", "2", "--stripe-width", "3", "--page-size", "256Ki"];
+        let policy = ["policy", "create", POLICY, "--copies", "2", "--stripe-width", "3", "--page-size", "64Ki"];
         cluster.ask(&[&policy[..], &["--overcommit-percent", "1000"]].concat()).unwrap();
         let export = cluster.export("v", POLICY, VOLUME_BYTES).unwrap();
         load::write(&export.target, 1, HOT.start..COLD.end).unwrap();
@@ -85,8 +85,15 @@ impl Stage {
         self.cluster.ask(&["volume", "delete", &volume]).unwrap();
     }
 
-    /// All of the volume is read, through the driver and from the devices; Active copies are equal.
-    pub(crate) fn judge(self, last_pass: u32) {
+    /// What lies on the devices of servers that were killed, whether copies differ or not.
+    pub(crate) fn inspect_the_dead(&self) -> String {
+        let report = self.cluster.inspect(&self.folder.path().join("rebuilt.img"));
+        report.unwrap_or_else(|why| why.to_string())
+    }
+
+    /// All of the volume is read, through the driver and from the devices; Active copies are equal, others differ only where
+    /// a mark says so. Gives the report of the devices.
+    pub(crate) fn judge(self, last_pass: u32) -> String {
         assert!(last_pass > 2, "fio did nothing under the fault");
         let whole = |target: &Target| {
             load::verify(target, last_pass, HOT).unwrap();
@@ -102,6 +109,7 @@ impl Stage {
         let compared: Vec<&str> = compared.collect();
         assert!(!compared.is_empty() && compared.iter().all(|line| line.ends_with(": 0 blocks differ")), "{report}");
         whole(&Target::Raw(image));
+        report
     }
 }
 

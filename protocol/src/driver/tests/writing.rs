@@ -20,7 +20,7 @@ fn nothing_is_sent_before_the_first_map() {
 }
 
 #[test]
-fn a_write_is_answered_only_when_every_active_and_syncing_member_has_it() {
+fn i4_a_write_is_answered_only_when_every_active_and_syncing_member_has_it() {
     let mut bench = Bench::serving(map(3, &[&[(1, Active), (2, Syncing), (3, Active), (4, Failed)]]));
     bench.write(1, 0, 4096);
     let frames: Vec<_> = [1, 2, 3].map(|s| bench.take_write(s)).into();
@@ -291,7 +291,7 @@ fn the_window_of_a_handle_is_never_exceeded_and_the_rest_follows_in_order() {
 }
 
 #[test]
-fn a_flush_goes_to_all_members_and_confirms_only_what_was_acknowledged_before_it() {
+fn i5_a_flush_goes_to_all_members_and_confirms_only_what_was_acknowledged_before_it() {
     let mut bench = Bench::serving(map(1, &[&[(1, Active), (2, Syncing)]]));
     bench.write(1, 0, 4096);
     let first = bench.flying[0].frame.header.seq;

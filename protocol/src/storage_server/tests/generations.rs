@@ -84,7 +84,7 @@ fn a_request_of_the_own_generation_is_served() {
 }
 
 #[test]
-fn nothing_is_served_once_a_higher_generation_is_promised() {
+fn i1_nothing_is_served_once_a_higher_generation_is_promised() {
     for restarted in [false, true] {
         let own = if restarted { 6 } else { 5 };
         for hand in HANDS {

@@ -22,7 +22,7 @@ fn serve(net: &mut Net, generation: u64, states: [MemberState; 3]) {
 use MemberState::{Active, Failed, Syncing};
 
 #[test]
-fn a_write_says_durably_and_before_its_data_whom_it_does_not_reach() {
+fn i6_a_write_says_durably_and_before_its_data_whom_it_does_not_reach() {
     let mut net = Net::started(3);
     serve(&mut net, 2, [Active, Active, Failed]);
     let handle = net.open(0, 2, 1);
