@@ -40,9 +40,10 @@ simulate: ## five minutes of fresh seeds in the deterministic simulator (SECONDS
 mutants: ## deliberate protocol mistakes, one at a time: the simulator's oracles must find each (about 10 minutes)
 	cargo run --profile sim -p lamina-e2e --features mutants --bin mutants -- --threads 2
 
-bench: ## volumes beside qemu-nbd, nbdkit and the raw disk in one run, as ratios (25 minutes; keep the machine quiet)
+bench: ## volumes beside qemu-nbd, nbdkit and the raw disk as ratios, and what replication costs (40 minutes; keep the machine quiet)
 	cargo build --release -p lamina-operator -p lamina-storage-node -p lamina-csi-node -p lamina-bench
 	target/release/lamina-bench run --output target/bench.md $(BENCH)
+	target/release/lamina-bench replication --output target/replication.md $(REPLICATION)
 	LAMINA_PAGES=10000000 cargo test --release -q -p lamina-storage-node --lib many_pages -- --nocapture
 
 bench-short: ## the benchmark for a minute, with debug programs: only that it works

@@ -258,6 +258,24 @@ fn dead_links(markdown: &str) -> Vec<String> {
     links.filter(|l| !targets.contains(l)).collect()
 }
 
+// ---- the invariants ----
+
+/// Where each of I1 to I8 has a test named for it.
+const LEVELS: [(&str, &[&str]); 3] = [
+    ("state machines", &["protocol/src/"]),
+    ("simulator", &["e2e/tests/oracles.rs"]),
+    ("processes", &["storage-node/tests/", "e2e/bench/tests/"]),
+];
+
+/// The invariants in the names of tests: `i4_i5_what_holds` is of I4 and of I5.
+fn invariants_tested(text: &str) -> BTreeSet<String> {
+    let lines: Vec<&str> = text.lines().map(str::trim).collect();
+    let is_test = |attribute: &str| attribute.starts_with("#[test]") || attribute.starts_with("#[tokio::test");
+    let named = lines.windows(2).filter(|pair| is_test(pair[0])).filter_map(|pair| pair[1].split_once("fn "));
+    let words = named.flat_map(|(_, name)| name.split(['_', '(']));
+    words.map(str::to_uppercase).filter(|word| word.starts_with('I') && rule_ids(word).len() == 1).collect()
+}
+
 // ---- the guarantees ----
 
 #[test]
@@ -362,6 +380,19 @@ fn protocol_md_keeps_every_rule_and_every_link() {
     assert_eq!(anchored_rules(&markdown), wanted);
     demand_none(dead_links(&markdown));
     demand_none(long_lines("PROTOCOL.md", &markdown, MAX_PROTOCOL_MD_COLUMNS));
+}
+
+#[test]
+fn every_invariant_has_a_test_named_for_it_at_each_level() {
+    let files = rust_files();
+    for (level, paths) in LEVELS {
+        let of_level = files.iter().filter(|(path, _)| paths.iter().any(|start| path.starts_with(start)));
+        let tested: BTreeSet<String> = of_level.flat_map(|(_, text)| invariants_tested(text)).collect();
+        let missing = (1..=8).map(|n| format!("I{n}")).filter(|id| !tested.contains(id));
+        demand_none(missing.map(|id| format!("{level}: no test is named for {id}")).collect());
+    }
+    let text = "#[test]\nfn i4_i5_x() {}\n#[tokio::test(flavor = \"y\")]\nasync fn a_is_i6() {}\nfn i7_no_test() {}";
+    assert_eq!(invariants_tested(text), ["I4", "I5", "I6"].map(str::to_owned).into());
 }
 
 #[test]

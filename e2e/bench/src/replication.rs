@@ -1,8 +1,8 @@
 //! What replication costs: sync bits, an outage, the gap when a server is lost, a fill beside foreground writes.
 //!
 //! Invariant: each part has a cluster of its own on loopback, and says what it did beside what it measured, so that a
-//! ratio of nothing cannot pass for a good one: a load too slow to write its region, or a fill that was over before the
-//! load began, is an error and not a figure. Aims are shown, never asserted.
+//! ratio of nothing cannot pass for a good one: a load too slow to write its region is an error, and a fill that was over
+//! before the load gives no figure. Aims are shown, never asserted.
 
 use crate::figures::Spread;
 use crate::lamina::{Cluster, Export, Mode, Shape};

@@ -37,3 +37,26 @@ fn every_contender_goes_through_every_row_of_the_benchmark() {
     assert!(report.contains("| all, aim < 0.1 |"), "{report}");
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is left");
 }
+
+#[test]
+fn every_part_of_what_replication_costs_is_measured() {
+    let bench = Path::new(env!("CARGO_BIN_EXE_lamina-bench"));
+    if let Some(missing) = missing(bench.parent().unwrap()) {
+        println!("skipped: every_part_of_what_replication_costs_is_measured: needs {missing}");
+        return;
+    }
+    let dir = tempfile::tempdir_in(bench.parent().unwrap()).unwrap();
+    let done = Command::new(bench).args(["replication", "--short", "--dir"]).arg(dir.path()).output().unwrap();
+    let (report, said) = (String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
+    assert!(done.status.success(), "{said}");
+    for part in ["Cost of sync bits", "An outage of", "Longest time without an answer", "while a copy is filled"] {
+        assert!(report.contains(part), "{part}:\n{report}");
+    }
+    for row in ["| 1 | ", "| 32 | ", "| moved to written, aim", "| killed | 1 | ", "| stopped | 1 | "] {
+        assert!(
+            report.lines().any(|line| line.starts_with(row) && line.contains(char::is_numeric)),
+            "{row}:\n{report}"
+        );
+    }
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is left");
+}

@@ -13,6 +13,7 @@ pub mod images;
 pub mod install;
 pub mod kube;
 pub mod log;
+pub mod moved;
 pub mod objects;
 pub mod run;
 pub mod say;

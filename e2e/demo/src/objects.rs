@@ -65,8 +65,18 @@ pub struct VolumeSummary {
 /// The committed map.
 #[derive(Debug, Clone, Deserialize)]
 pub struct Map {
+    /// Top first.
+    #[serde(default)]
+    pub layers: Vec<Layer>,
     /// Where layers lie.
     pub placements: Vec<Placement>,
+}
+
+/// A sheet of pages.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Layer {
+    /// In bytes.
+    pub size: u64,
 }
 
 /// The groups of a stripe.

@@ -19,6 +19,7 @@ use crate::images::{self, source_tree};
 use crate::install;
 use crate::kube::{self, KubeError};
 use crate::log::{self, now_ms};
+use crate::moved::Given;
 use crate::objects::{Pod, Volume};
 use crate::say::Teller;
 
@@ -245,7 +246,7 @@ impl Scene<'_> {
         self.teller.title("a storage server is killed and restarted at once");
         let before = self.now()?;
         self.teller.say(format_args!("before: {}", before.in_short()));
-        let from_ms = now_ms();
+        let (from_ms, given) = (now_ms(), Given::now(self.cluster, &before));
         let blow = faults::strike(self.cluster, &self.volume, &[spare.to_owned()], false)?;
         self.show(&blow)?;
         let old = before.status.generation;
@@ -255,6 +256,7 @@ impl Scene<'_> {
         self.await_commits(50)?;
         let after = self.healthy()?;
         self.teller.say(format_args!("after:  {}", after.in_short()));
+        self.tell_moved(given, &after);
         let (before, after) = (old, after.status.generation);
         let what = "server killed, restarted at once";
         Ok((Chapter { what, from_ms, to_ms: now_ms(), before, after }, blow.target.node))
@@ -265,7 +267,7 @@ impl Scene<'_> {
         self.teller.title(format_args!("a storage server is killed and kept away for {} s", AWAY.as_secs()));
         let before = self.now()?;
         self.teller.say(format_args!("before: {}", before.in_short()));
-        let from_ms = now_ms();
+        let (from_ms, given) = (now_ms(), Given::now(self.cluster, &before));
         let start = Instant::now();
         let blow = faults::strike(self.cluster, &self.volume, spare, true)?;
         let frozen = Frozen { cluster: self.cluster, node: blow.target.node.clone() };
@@ -284,9 +286,20 @@ impl Scene<'_> {
         self.teller.say(format_args!("{} may run it again", blow.target.node));
         let after = self.healthy()?;
         self.teller.say(format_args!("after:  {}", after.in_short()));
+        self.tell_moved(given, &after);
         let what = "server killed, 15 s away";
         let (before, after) = (before.status.generation, after.status.generation);
         Ok(Chapter { what, from_ms, to_ms: now_ms(), before, after })
+    }
+
+    /// What the rejoin cost: only what differs is moved, not the volume.
+    fn tell_moved(&self, before: Result<Given, KubeError>, volume: &Volume) {
+        let moved = before.and_then(|before| Ok(before.until(&Given::now(self.cluster, volume)?)));
+        match moved {
+            Ok(moved) => self.teller.say(format_args!("rejoined by difference: {}", moved.against(volume))),
+            // Somebody else's cluster may not let one look at pods.
+            Err(error) => self.teller.say(format_args!("what was moved is not known: {error}")),
+        }
     }
 
     fn show(&self, blow: &Blow) -> Result<(), Miss> {
