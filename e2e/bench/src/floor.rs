@@ -37,11 +37,11 @@ pub fn start(folder: &Path, bytes: u64) -> Result<Contender> {
     let own = std::env::current_exe()?;
     let mut command = Command::new(&own);
     command.arg("floor-disk").arg(&image);
-    let mut disk = Program::start("floor-disk", folder, command)?;
+    let disk = Program::start("floor-disk", folder, command)?;
     let address = disk.wait_for("its address", |text| Some(text.trim().strip_prefix("listens on ")?.to_owned()))?;
     let mut command = Command::new(&own);
     command.arg("floor-front").arg(&socket).args([&address, &bytes.to_string()]);
-    let mut front = Program::start("floor-front", folder, command)?;
+    let front = Program::start("floor-front", folder, command)?;
     front.wait_for_socket(&socket)?;
     let note =
         "a front end and a disk process that only copy: not a product, but what two processes cost at least".into();

@@ -116,7 +116,7 @@ fn act(arguments: &Arguments) -> Result<()> {
     match &arguments.verb {
         Verb::FloorFront { socket, disk, bytes } => return floor::serve_front(socket, disk, *bytes),
         Verb::FloorDisk { file } => return floor::serve_disk(file),
-        Verb::Run { .. } | Verb::Idle { .. } => {}
+        Verb::Run { .. } | Verb::Idle { .. } | Verb::Replication { .. } => {}
     }
     std::fs::create_dir_all(&arguments.dir)?;
     let folder = tempfile::Builder::new().prefix("bench-").tempdir_in(arguments.dir.canonicalize()?)?;
