@@ -4,11 +4,15 @@
 //! a higher generation refuses it, so the words of a deposed leader cannot harm. The messages travel as bytes of this
 //! encoding inside a gRPC stream that the leader dials; the core knows nothing of that.
 
+mod suspects;
+
 use crate::codec::{wire_enum, wire_struct};
 use crate::ids::{
     BootId, ClusterId, CopyId, DeviceId, Generation, Incarnation, LayerId, ServerId, SessionId, VolumeId,
 };
 use crate::map::VolumeMap;
+
+pub use suspects::{PIECE_PAGES, PageList};
 
 /// What the operator asks of a server.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,6 +80,23 @@ pub enum ControlRequest {
         /// How much.
         limit: FillLimit,
     },
+    /// Under a fence: which pages of a returning member are suspect, by what this copy knows of itself (PROTOCOL.md §5.9).
+    ListSuspects {
+        /// Whose.
+        volume: VolumeId,
+        /// The promised generation.
+        generation: Generation,
+        /// The copy that is asked, `Active` in the committed map.
+        copy: CopyId,
+        /// Under this opening.
+        boot: BootId,
+        /// The ordinal of the returning member.
+        towards: u8,
+        /// The page from which on.
+        from: u64,
+    },
+    /// Under a fence, to the server of a returning member: what to mark before the last answer (H7).
+    Rejoin(Rejoin),
     /// Can you reach that server? Asked about servers that are silent together, when the leader suspects itself.
     Reach {
         /// Which.
@@ -103,8 +124,25 @@ pub struct Fence {
     pub generation: Generation,
     /// Flush before answering (H11b): the plan ends a session, seals, ends a settle or makes a member `Active`.
     pub flush: bool,
-    /// Copies on this server that rejoin: every page of them is marked unsynced, durably, before the answer (H7).
+    /// Copies on this server that rejoin without a list: every page of them is marked unsynced, durably, before the answer
+    /// (H7).
     pub unsync: Vec<CopyId>,
+}
+
+/// A piece of the list of suspect pages for a member that returns (PROTOCOL.md §5.9).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rejoin {
+    /// The volume.
+    pub volume: VolumeId,
+    /// The generation that was promised.
+    pub generation: Generation,
+    /// The copy that returns.
+    pub copy: CopyId,
+    /// The ordinal of the member that the list comes from.
+    pub source: u8,
+    /// The piece. With the last one all that this copy itself knows to be suspect is marked, too, and the answer is what the
+    /// fence would be answered now.
+    pub list: PageList,
 }
 
 /// What a server answers.
@@ -142,6 +180,8 @@ pub enum ControlReply {
         /// Each copy.
         copies: Vec<CopyInventory>,
     },
+    /// To `ListSuspects`.
+    Suspects(PageList),
     /// To `Reach`.
     Reached {
         /// Which.
@@ -237,6 +277,8 @@ pub struct CopyReport {
     /// Suspect pages not yet settled and durable in that settle. On its authoritative copy: pages with stale blocks that
     /// another member may still have, then [`SETTLE_ANEW`].
     pub to_settle: u64,
+    /// Under the promise that this answers every suspect page was marked, by a whole list or by the mark of the whole copy.
+    pub listed: bool,
 }
 
 /// What the authoritative copy of a settle has still to settle once it took a block that it had stale from another member:
@@ -316,10 +358,13 @@ wire_enum!(ControlRequest {
     8 = Inventory,
     9 = LimitFills { volume, limit },
     10 = Reach { server, addresses },
+    11 = ListSuspects { volume, generation, copy, boot, towards, from },
+    12 = Rejoin(rejoin),
     3 = Fence(fence),
 });
 wire_struct!(FillLimit { bytes_per_second, pages });
 wire_struct!(Fence { volume, generation, flush, unsync });
+wire_struct!(Rejoin { volume, generation, copy, source, list });
 wire_enum!(ControlReply {
     1 = Alive(alive),
     2 = Done,
@@ -331,12 +376,13 @@ wire_enum!(ControlReply {
     8 = Volume { volume },
     9 = Inventory { copies },
     10 = Reached { server, reached },
+    11 = Suspects(list),
 });
 wire_struct!(Alive { server, cluster, lease_number, leaving, devices, copies, behind });
 wire_struct!(DeviceReport { device, boot, capacity_bytes, free_bytes });
 wire_struct!(CopyProgress { volume, copy, boot, stored, unsynced, pages, to_settle, filled_bytes });
 wire_struct!(Promised { server, generation, stored, sessions, copies });
-wire_struct!(CopyReport { copy, boot, unsynced, pending, pending_before_start, settled_for, to_settle });
+wire_struct!(CopyReport { copy, boot, unsynced, pending, pending_before_start, settled_for, to_settle, listed });
 wire_struct!(SettleName { authoritative, boot, begun });
 wire_struct!(VolumeReport { promised, map });
 wire_struct!(CopyInventory { volume, copy, device, stored });

@@ -94,6 +94,11 @@ mutants! {
     FillDropsPending, "H9", "a fill drops the source's pending state";
     FillDropsMissed, "H8", "a fill drops what others miss by its source";
     LateFillApplied, "H6", "a fill goes on over a promise";
+    ListBeforeFence, "§5.9", "the list of suspect pages is taken before its source is fenced";
+    StaleListTaken, "§5.9", "a member rejoins with the list of an earlier attempt";
+    OwnListForgotten, "§5.9", "a member that rejoins marks only what its source lists";
+    UnsyncedNotMarked, "H7", "a member that rejoins skips pages that are unsynced already";
+    ListNotAwaited, "§5.9", "a member rejoins before it has marked what is suspect";
     RejoinKeepsBlocks, "H7", "a member that rejoins keeps its blocks";
     FlagBeforeData, "H11c", "unsynced is cleared before the filled data is durable";
     UnsyncedActive, "I7", "a member becomes Active with unsynced pages";

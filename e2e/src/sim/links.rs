@@ -167,6 +167,10 @@ impl World {
             }
             (Host::Server(n), Message::Reply(frame)) => {
                 let Purpose::Peer(peer, _) = self.net.conns[conn].purpose else { unreachable!("servers dial peers") };
+                let late = frame.header.generation < self.servers[n].promised;
+                if late && matches!(frame.body, ReplyBody::Page { .. }) {
+                    self.counters.count("reached: a page for a fill arrives after a later promise");
+                }
                 self.server_input(n, storage_server::Input::PeerFrame { peer, frame });
             }
             (Host::Driver(_), Message::Reply(frame)) => {

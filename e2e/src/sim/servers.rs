@@ -4,7 +4,7 @@ use super::disk::{Cut, Disk, Ended};
 use super::event::{Event, Host, Process};
 use super::net::{ConnIndex, Leaving, Message, Purpose};
 use super::world::{CLUSTER, World};
-use lamina_protocol::control::ControlRequest;
+use lamina_protocol::control::{ControlRequest, Rejoin};
 use lamina_protocol::ids::{BootId, CopyId, DeviceId, Generation, ServerId};
 use lamina_protocol::management;
 use lamina_protocol::mutants::{Mutant, on};
@@ -310,12 +310,36 @@ impl World {
         if matches!(request, ControlRequest::Fence(_)) && !self.servers[n].requests.is_empty() {
             self.counters.count("reached: a fence meets requests under way");
         }
+        if let ControlRequest::Rejoin(rejoin) = &request {
+            self.count_list(n, rejoin);
+        }
         let own = CallId(self.mint() as u64);
         if !matches!(request, ControlRequest::Heartbeat { .. }) {
             self.counters.count("control calls");
         }
         self.servers[n].calls.insert(own, (conn, call));
         self.server_input(n, Input::Control { call: own, request });
+    }
+}
+
+impl World {
+    /// How much of its copy a member that returns is to mark.
+    fn count_list(&mut self, n: usize, rejoin: &Rejoin) {
+        let Some(disk) = self.servers[n].disks.iter().find(|d| d.has_copy(rejoin.copy)) else { return };
+        let listed: Vec<u64> = rejoin.list.pages().collect();
+        let again = listed.iter().any(|page| disk.is_page_unsynced(rejoin.copy, rejoin.list.layer, *page));
+        let map = self.store.map();
+        let group = map.and_then(|map| Some((map, map.place_of(rejoin.copy)?.1)));
+        let pages = group.map_or(0, |(map, group)| map.geometry(map.top()).pages(group));
+        self.counters.count("reached: a member is given the list of suspect pages");
+        self.counters.add("pages listed for members that rejoin", listed.len() as u64);
+        self.counters.add("pages of the copies of members that rejoin", pages);
+        if again {
+            self.counters.count("reached: a page is listed that was unsynced already");
+        }
+        if (listed.len() as u64) < pages {
+            self.counters.count("reached: a member rejoins by difference");
+        }
     }
 }
 

@@ -87,6 +87,7 @@ mod tests {
             pending_before_start: 0,
             settled_for: None,
             to_settle: 0,
+            listed: true,
         }
     }
 

@@ -502,5 +502,7 @@ fn blank_report() -> CopyReport {
         pending_before_start: 0,
         settled_for: None,
         to_settle: 0,
+        // What the fence will find out.
+        listed: true,
     }
 }

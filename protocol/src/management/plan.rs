@@ -27,7 +27,7 @@ pub struct Goal {
     pub sessions: Vec<SessionWish>,
     /// Members to become `Failed` although they answer, where another `Active` one goes on.
     pub leave: BTreeSet<CopyId>,
-    /// `Failed` members to become `Syncing`: this fence marked their pages unsynced (H7).
+    /// `Failed` members to become `Syncing`, if under this fence their suspect pages were marked unsynced (H7).
     pub rejoin: BTreeSet<CopyId>,
     /// New copies to become `Syncing`.
     pub add: Vec<NewCopy>,
@@ -337,7 +337,9 @@ impl<'a> Plan<'a> {
             // I7; in no map that raises a loss, and not while a settle runs.
             (MemberState::Syncing, Seen::Same(r)) if filled(r) => (MemberState::Active, m.boot),
             (MemberState::Syncing, Seen::Same(_)) => (MemberState::Syncing, m.boot),
-            (MemberState::Failed, Seen::Same(r) | Seen::Restarted(r)) if calm && self.goal.rejoin.contains(&m.copy) => {
+            (MemberState::Failed, Seen::Same(r) | Seen::Restarted(r))
+                if calm && self.goal.rejoin.contains(&m.copy) && (r.listed || on(Mutant::ListNotAwaited)) =>
+            {
                 (MemberState::Syncing, r.boot)
             }
             _ => (MemberState::Failed, m.boot),

@@ -20,6 +20,7 @@ use crate::time::Millis;
 use std::collections::{BTreeMap, BTreeSet};
 
 mod leave;
+mod rejoin;
 
 /// New copies must be durable within this time, milliseconds.
 const PUT_PATIENCE_MS: u64 = 5_000;
@@ -48,6 +49,8 @@ pub(super) struct Change {
     closed: BTreeSet<ServerId>,
     asked: BTreeMap<ServerId, Millis>,
     last_answer: Millis,
+    /// Lists of suspect pages on their way to members that return.
+    lists: BTreeMap<CopyId, rejoin::Listing>,
 }
 
 #[derive(Debug)]
@@ -86,6 +89,7 @@ impl Volume {
             closed: BTreeSet::new(),
             asked: BTreeMap::new(),
             last_answer: world.now,
+            lists: BTreeMap::new(),
         });
         self.write(world, WriteKind::Intent, next);
     }
@@ -247,26 +251,33 @@ impl Volume {
             return false;
         }
         self.send_fences(world);
+        let listed = self.carry_lists(world);
         let patience = self.patience();
         let Some(change) = self.change.as_ref() else { return false };
         let waited = world.now.since(change.since);
         let answered = |ids: &BTreeSet<ServerId>| ids.iter().all(|id| change.answers.contains_key(id));
-        let complete = answered(&change.required) && (answered(&change.optional) || waited >= FENCE_PATIENCE_MS);
+        let all = answered(&change.optional) && listed;
+        let complete = answered(&change.required) && (all || waited >= FENCE_PATIENCE_MS);
         if complete {
             self.leave_late_ones(world);
+            self.leave_unlisted_ones(world);
             return self.evaluate(world);
         }
         if waited >= patience && !change.is_firm(self.map()) {
             self.give_up(world);
             return false;
         }
-        world.wake_at(change.since.after(patience).max(world.now.after(AGAIN_MS / 4)));
+        world.wake_at(
+            change.since.after(patience).min(change.since.after(FENCE_PATIENCE_MS)).max(world.now.after(AGAIN_MS / 4)),
+        );
         false
     }
 
     fn send_fences(&mut self, world: &mut World<'_>) {
         let volume = self.id();
         let map = self.object.status.map.clone();
+        let rejoin = self.change.iter().flat_map(|change| &change.goal.rejoin);
+        let whole: BTreeSet<CopyId> = rejoin.filter(|copy| self.is_marked_whole(**copy)).copied().collect();
         let Some(change) = self.change.as_mut() else { return };
         let generation = change.proposal.generation;
         for id in change.required.iter().chain(&change.optional) {
@@ -282,8 +293,9 @@ impl Volume {
             }
             silence.asked = world.now;
             let here = |copy: &CopyId| map.as_ref().and_then(|m| m.place_of(*copy)).is_some_and(|p| p.2.server == *id);
-            // H7: only `Failed` members that are to rejoin are ever marked.
-            let unsync = change.goal.rejoin.iter().filter(|copy| here(copy)).copied().collect();
+            // H7: only `Failed` members that are to rejoin are ever marked, as a whole only when lists came too late.
+            let whole = |copy: &&CopyId| here(copy) && whole.contains(*copy);
+            let unsync = change.goal.rejoin.iter().filter(whole).copied().collect();
             let fence = Fence { volume, generation, flush: change.goal.flushed, unsync };
             world.ask(*id, volume, What::Fence(generation), ControlRequest::Fence(fence));
         }
@@ -482,6 +494,7 @@ impl Volume {
         } else {
             self.tries = 0;
         }
+        self.forget_late_lists();
         self.tell_differences(world, before);
         self.committed(world.now);
         self.unpromised_restart(world.now, before);

@@ -32,6 +32,8 @@ pub(super) enum What {
     Put(CopyId),
     Flush,
     Fence(Generation),
+    Suspects(Generation, CopyId),
+    Rejoin(Generation, CopyId),
     Serve(Generation),
     Delete(CopyId),
     Ask,
@@ -144,6 +146,8 @@ pub(super) struct Volume {
     pub(super) stalled: BTreeMap<CopyId, Millis>,
     /// `Failed` members that do not rejoin before then.
     pub(super) barred_until: BTreeMap<CopyId, Millis>,
+    /// How often the list of suspect pages for a member that is out came too late.
+    pub(super) late_lists: BTreeMap<CopyId, u8>,
     /// Copies that their server did not have when it was asked, and since when: it may not have opened all devices.
     pub(super) missing: BTreeMap<CopyId, Millis>,
     /// Copies that their server does not have any more.
@@ -193,6 +197,7 @@ impl Volume {
             failed_since: BTreeMap::new(),
             stalled: BTreeMap::new(),
             barred_until: BTreeMap::new(),
+            late_lists: BTreeMap::new(),
             missing: BTreeMap::new(),
             lost: BTreeSet::new(),
             suspects: BTreeSet::new(),
@@ -386,6 +391,8 @@ impl Volume {
             What::Put(copy) => self.put_answered(world, copy, call.server, reply),
             What::Flush => self.flush_answered(call.server),
             What::Fence(generation) => self.fence_answered(world, call.server, generation, reply),
+            What::Suspects(generation, copy) => self.suspects_answered(world, (generation, copy), reply),
+            What::Rejoin(generation, copy) => self.rejoin_answered(world, call.server, (generation, copy), reply),
             What::Heartbeat | What::Inventory | What::Reach(_) => {}
         }
     }

@@ -87,8 +87,21 @@ impl CopyLayer {
         missed || self.pending.contains_key(&page)
     }
 
-    /// `suspect(a, j)` (PROTOCOL.md §5.3), the half that this copy knows, towards the member of that ordinal. A page is suspect
-    /// if either of the two copies says so. Without what is unsynced and no more: that is filled anyway.
+    /// `suspect(a, j)` (PROTOCOL.md §5.3), the half that this copy knows, towards the member of that ordinal: its bit is
+    /// clear here, or the page is unsynced here. A page is suspect if either of the two copies says so.
+    pub(super) fn is_suspect(&self, page: u64, towards: u8) -> bool {
+        self.lacks_bit(page, towards) || page >= self.cursor || self.unsynced.contains(&page)
+    }
+
+    /// The suspect pages below a number of pages, but for those that are unsynced by the mark of the layer and no more: of
+    /// such a page nothing is known here, and what clients or a fill made of it since is what the others have, or its bits
+    /// say otherwise.
+    pub(super) fn suspects(&self, towards: u8, pages: u64) -> BTreeSet<u64> {
+        let known = self.pending.keys().chain(self.missed.keys()).chain(&self.unsynced).copied();
+        known.filter(|page| *page < pages && self.is_suspect(*page, towards)).collect()
+    }
+
+    /// The same without what is unsynced and no more: that is filled anyway.
     pub(super) fn suspects_to_settle(&self, towards: u8, pages: u64) -> BTreeSet<u64> {
         let known = self.pending.keys().chain(self.missed.keys()).copied();
         known.filter(|page| *page < pages && self.lacks_bit(*page, towards)).collect()

@@ -2,24 +2,26 @@
 //!
 //! ```text
 //! fence: Draining ─► Clearing ─► Marking (H7) ─► Flushing (H11b) ─► Promising ─► answered
+//! rejoin: Marking ─► Over, behind a fence of the same generation
 //! serve: Draining ─► Storing (one durable step) ─► answered, map pushed, pulls begin
 //! ```
 //! The promise counts in memory from the moment the order arrives: nothing older is admitted from then on, what is under
 //! way is waited for. It is answered only when it is durable. Orders for one volume are carried out one after another.
 
 use super::contract::{CallId, Output};
-use super::map_step::MapStep;
 use super::medium::{CopyRecord, LayerRecord, MAX_COMMIT_RECORDS, MediumAnswer, MediumOp, Record};
-use super::pending::end_of_settle;
 use super::report::settle_in;
 use super::volume::{Copy, Volume};
-use super::{Due, Owner, StorageServer};
-use crate::control::{ControlReply, ControlRequest, Fence};
-use crate::ids::{BootId, CopyId, DeviceId, Generation, LayerId, ServerId, VolumeId};
+use super::{Owner, StorageServer};
+use crate::control::{ControlReply, ControlRequest, Fence, Rejoin};
+use crate::ids::{BootId, CopyId, DeviceId, Generation, LayerId, VolumeId};
 use crate::layer::PageKey;
-use crate::map::{MemberState, Settle, VolumeMap};
+use crate::map::VolumeMap;
 use crate::mutants::{Mutant, on};
 use std::collections::BTreeMap;
+
+mod rejoin;
+mod store_map;
 
 /// Orders that wait for one volume; more than the steps of two leaders at once is nonsense and refused.
 const MAX_WAITING_CHANGES: usize = 16;
@@ -51,6 +53,7 @@ enum Order {
     Serve(VolumeMap),
     Put { copy: CopyRecord, device: BootId },
     Delete { copy: CopyId },
+    Rejoin(Rejoin),
     Flush,
 }
 
@@ -75,6 +78,10 @@ impl StorageServer {
             ControlRequest::Reach { server, addresses } => return self.reach(call, server, addresses),
             ControlRequest::Fence(fence) => return self.order_fence(call, fence),
             ControlRequest::Serve { map } => return self.order_serve(call, map),
+            ControlRequest::ListSuspects { volume, generation, copy, boot, towards, from } => {
+                self.list_suspects(volume, generation, (copy, boot), (towards, from))
+            }
+            ControlRequest::Rejoin(rejoin) => return self.order_rejoin(call, rejoin),
             ControlRequest::PutCopy { volume, generation, copy, device, placement, group, layers, unsynced } => {
                 let cursor = if unsynced { 0 } else { u64::MAX };
                 let layers = layers.iter().map(|&(layer, page_bytes)| LayerRecord { layer, page_bytes, cursor });
@@ -278,6 +285,7 @@ impl StorageServer {
             && known.changes.front().is_some_and(|change| match &change.order {
                 Order::Fence(fence) => fence.generation < known.promised,
                 Order::Serve(map) => map.generation < known.promised && change.stage != Stage::Storing,
+                Order::Rejoin(rejoin) => rejoin.generation < known.promised,
                 Order::Put { .. } | Order::Delete { .. } | Order::Flush => false,
             })
     }
@@ -291,7 +299,7 @@ impl StorageServer {
                 self.clear_confirmed(volume);
                 0
             }
-            Stage::Marking => self.mark_rejoining(volume),
+            Stage::Marking => self.mark(volume),
             Stage::Flushing => self.flush_all(volume),
             Stage::Promising if on(Mutant::PromiseVolatile) => 0,
             Stage::Promising => self.persist(volume, Owner::Change(volume)),
@@ -320,44 +328,15 @@ impl StorageServer {
         self.advance_change(volume);
     }
 
-    /// H7: every page of the copies that rejoin is out of date, durably, each time; what they settled is forgotten (M4).
-    fn mark_rejoining(&mut self, volume: VolumeId) -> usize {
-        let known = self.known(volume);
-        let boots = known.boots();
-        let change = known.changes.front_mut().expect("an order is under way");
-        change.marked = boots;
-        let Order::Fence(fence) = &change.order else { return 0 };
-        let mut records: BTreeMap<BootId, Vec<Record>> = BTreeMap::new();
-        let mut marked = Vec::new();
-        for copy_id in &fence.unsync {
-            let Some(copy) = known.copies.get_mut(copy_id) else { continue };
-            let Some(boot) = copy.boot else { continue };
-            if on(Mutant::SettledKept) && copy.settled.is_some() {
-                continue;
+    fn mark(&mut self, volume: VolumeId) -> usize {
+        let change = self.known(volume).changes.front().expect("an order is under way");
+        match &change.order {
+            Order::Rejoin(rejoin) => {
+                let rejoin = rejoin.clone();
+                self.mark_listed(volume, &rejoin)
             }
-            copy.settled = None;
-            copy.filled_bytes = 0;
-            for (layer_id, layer) in &mut copy.layers {
-                layer.cursor = 0;
-                layer.unsynced.clear();
-                let records = records.entry(boot).or_default();
-                records.push(if on(Mutant::RejoinKeepsBlocks) {
-                    Record::Cursor { copy: *copy_id, layer: *layer_id, cursor: 0 }
-                } else {
-                    Record::MarkLayerUnsynced { copy: *copy_id, layer: *layer_id }
-                });
-                // What was pending says that this copy may have writes that others lack; all of them are stale now.
-                for page in std::mem::take(&mut layer.pending).into_keys() {
-                    let page = PageKey { copy: *copy_id, layer: *layer_id, page };
-                    records.push(Record::Pending { page, set: false });
-                }
-            }
-            marked.push((boot, *copy_id));
+            _ => self.mark_rejoining(volume),
         }
-        for (boot, copy) in marked {
-            self.forget_records(boot, copy);
-        }
-        self.commit_all(volume, records)
     }
 
     fn commit_all(&mut self, volume: VolumeId, records: BTreeMap<BootId, Vec<Record>>) -> usize {
@@ -413,56 +392,8 @@ impl StorageServer {
                 let copy = *copy;
                 self.store_deletion(volume, copy)
             }
-            Order::Fence(_) | Order::Flush => unreachable!("stores nothing"),
+            Order::Fence(_) | Order::Rejoin(_) | Order::Flush => unreachable!("stores nothing"),
         }
-    }
-
-    /// M2: one durable step, in this order. What does not fit into one commit stands before or behind the one with the map
-    /// such that a crash in between leaves too much marked, never too little.
-    fn store_map(&mut self, volume: VolumeId, map: VolumeMap) -> usize {
-        let server = self.config.server;
-        let known = self.known(volume);
-        let mut steps: BTreeMap<BootId, MapStep> = known.boots().into_iter().map(|b| (b, MapStep::default())).collect();
-        let mut forced = Vec::new();
-        for copy in known.forced_by(&map, server) {
-            let Some((boot, trust)) = known.copies.get_mut(&copy).and_then(Copy::trust) else { continue };
-            steps.entry(boot).or_default().trust(trust);
-            forced.push((boot, copy));
-        }
-        let old = known.map.clone();
-        let mut missed = Vec::new();
-        for copy in known.copies.values_mut() {
-            let Some(boot) = copy.boot else { continue };
-            let records = copy.miss_pending(&map, old.as_ref());
-            missed.extend(records.iter().filter_map(|r| match r {
-                Record::Missed { page, mask } => Some((boot, *page, *mask)),
-                _ => None,
-            }));
-            steps.entry(boot).or_default().before.extend(records);
-        }
-        for (boot, mut cleared) in end_settles(known, &map, server) {
-            steps.entry(boot).or_default().after.append(&mut cleared);
-        }
-        known.learn_sessions(&map);
-        known.copies.values_mut().for_each(|copy| copy.restore_all(&map));
-        known.storing_after = Some(known.stored());
-        known.map = Some(map);
-        let blob = known.blob();
-        if let Some(change) = known.changes.front_mut() {
-            change.missed = missed;
-        }
-        for (boot, copy) in forced {
-            self.forget_records(boot, copy);
-        }
-        let map = (!on(Mutant::MapVolatile)).then_some(Record::PutVolume { volume, blob });
-        let mut commits = 0;
-        for (boot, step) in steps {
-            for records in step.commits(map.clone()) {
-                self.medium(boot, Owner::Change(volume), MediumOp::Commit(records));
-                commits += 1;
-            }
-        }
-        commits
     }
 
     fn store_copy(&mut self, volume: VolumeId, copy: CopyRecord, boot: BootId) -> usize {
@@ -498,6 +429,7 @@ impl StorageServer {
         let reply = match &change.order {
             _ if change.lost => ControlReply::DeviceClosed,
             Order::Fence(_) => self.promised_report(volume),
+            Order::Rejoin(rejoin) => self.listed_durably(volume, rejoin),
             _ => ControlReply::Done,
         };
         match change.order {
@@ -521,17 +453,6 @@ impl StorageServer {
         }
     }
 
-    fn map_stored(&mut self, volume: VolumeId, missed: Vec<(BootId, PageKey, u16)>) {
-        for (boot, page, mask) in missed {
-            self.missed_durable(volume, page, mask);
-            self.run_prepared(boot, page);
-        }
-        self.clear_soon(volume);
-        self.repair_anew(volume);
-        self.push_map(volume);
-        self.due(self.now, Due::Pulls(volume));
-    }
-
     fn forget_volume(&mut self, volume: VolumeId) {
         self.volumes.remove(&volume);
         self.opens.retain(|open| !open.is_of(volume));
@@ -552,19 +473,6 @@ impl StorageServer {
     }
 }
 
-/// M1: what the end of a settle clears here, per opening.
-fn end_settles(known: &mut Volume, map: &VolumeMap, server: ServerId) -> Vec<(BootId, Vec<Record>)> {
-    let mut cleared = Vec::new();
-    for (_, _, group) in map.groups().filter(|(_, _, group)| group.settle == Settle::Over) {
-        let all = on(Mutant::AllClearPending);
-        let member = group.members.iter().find(|m| m.server == server && (all || m.state != MemberState::Failed));
-        let Some(member) = member else { continue };
-        let copy = known.copies.get_mut(&member.copy).filter(|copy| all || copy.boot == Some(member.boot));
-        cleared.extend(copy.and_then(|copy| Some((copy.boot?, end_of_settle(copy, map)))));
-    }
-    cleared
-}
-
 fn next_stage(change: &Change) -> Stage {
     match (&change.order, change.stage) {
         (_, Stage::Storing | Stage::Over) => Stage::Over,
@@ -572,7 +480,7 @@ fn next_stage(change: &Change) -> Stage {
         (Order::Fence(_), Stage::Clearing) => Stage::Marking,
         (Order::Fence(fence), Stage::Marking) if fence.flush => Stage::Flushing,
         (Order::Fence(_), Stage::Marking | Stage::Flushing) => Stage::Promising,
-        (Order::Fence(_), Stage::Promising) | (Order::Flush, _) => Stage::Over,
+        (Order::Fence(_), Stage::Promising) | (Order::Rejoin(_) | Order::Flush, _) => Stage::Over,
         (Order::Serve(_) | Order::Delete { .. } | Order::Put { .. }, _) => Stage::Storing,
     }
 }

@@ -118,6 +118,7 @@ impl StorageServer {
             pending_before_start: before_start,
             settled_for: name,
             to_settle: name.map_or(0, |name| self.to_settle(known, copy, &name)),
+            listed: copy.marking.next_of(known.promised) == u64::MAX,
         }
     }
 

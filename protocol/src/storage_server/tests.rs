@@ -18,6 +18,7 @@ mod missed;
 mod net;
 mod openings;
 mod opens;
+mod rejoin;
 mod repairs;
 mod survey;
 

@@ -15,6 +15,7 @@ use crate::control::{FillLimit, SettleName};
 use crate::ids::{BootId, CopyId, DeviceId, Generation, Incarnation, LayerId, OpenNumber, Seq, ServerId, SessionId};
 use crate::layer::PageKey;
 use crate::map::{Member, MemberState, VolumeMap};
+use crate::mutants::{Mutant, on};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// What a device keeps of a volume.
@@ -86,6 +87,24 @@ pub(super) struct Copy {
     pub(super) repairs: BTreeMap<(LayerId, u64), BTreeSet<ServerId>>,
     /// As the authoritative copy of a settle: what it served stale in it.
     pub(super) mend: Option<Mend>,
+    /// How far its suspect pages are marked under a fence.
+    pub(super) marking: Marking,
+}
+
+/// How far the suspect pages of a copy that returns are marked, durably; known in memory only.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Marking {
+    /// Under this promise.
+    pub(super) generation: Generation,
+    /// From which page on not yet; `u64::MAX` = all are.
+    pub(super) next: u64,
+}
+
+impl Marking {
+    /// From which page on nothing is marked yet under that promise.
+    pub(super) fn next_of(&self, generation: Generation) -> u64 {
+        if self.generation == generation || on(Mutant::StaleListTaken) { self.next } else { 0 }
+    }
 }
 
 /// One layer of a copy.
@@ -145,6 +164,7 @@ impl Copy {
         }
         self.repairs.clear();
         self.mend = None;
+        self.marking = Marking::default();
     }
 }
 
@@ -222,7 +242,17 @@ impl Volume {
     pub(super) fn add_copy(&mut self, record: CopyRecord, boot: BootId, device: DeviceId) {
         let layers = record.layers.iter().map(|l| (l.layer, CopyLayer::new(l))).collect();
         let (boot, repairs) = (Some(boot), BTreeMap::new());
-        let copy = Copy { record, device, boot, layers, settled: None, filled_bytes: 0, repairs, mend: None };
+        let copy = Copy {
+            record,
+            device,
+            boot,
+            layers,
+            settled: None,
+            filled_bytes: 0,
+            repairs,
+            mend: None,
+            marking: Marking::default(),
+        };
         self.copies.insert(copy.record.copy, copy);
         // What this device keeps may be older.
         self.sessions.values_mut().for_each(|known| known.durable = Incarnation(0));

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use lamina_protocol::control::{
     Alive, ControlReply, ControlRequest, CopyInventory, CopyProgress, CopyReport, DeviceReport, DriverReport, Fence,
-    FillLimit, Promised, SettleName, Trouble, VolumeReport,
+    FillLimit, PageList, Promised, Rejoin, SettleName, Trouble, VolumeReport,
 };
 use lamina_protocol::ids::{
     BootId, ClusterId, CopyId, DeviceId, Generation, Incarnation, LayerId, OpenNumber, Seq, ServerId, SessionId,
@@ -248,8 +248,14 @@ pub(crate) fn control_requests() -> Vec<ControlRequest> {
         ControlRequest::GetVolume { volume },
         ControlRequest::Inventory,
         ControlRequest::LimitFills { volume, limit: FillLimit { bytes_per_second: 0x0020_0000, pages: 9 } },
+        ControlRequest::ListSuspects { volume, generation, copy: COPY, boot: BOOT, towards: 3, from: 0x94 },
+        ControlRequest::Rejoin(Rejoin { volume, generation, copy: COPY, source: 2, list: list() }),
         ControlRequest::Reach { server: SERVER, addresses: vec!["10.0.0.7:4711".to_owned()] },
     ]
+}
+
+fn list() -> PageList {
+    PageList { layer: LAYER, from: 0x91, first: 0x92, bits: Bytes::from_static(&[0x81, 0x02]), next: 0x93 }
 }
 
 /// Every reply of the control stream.
@@ -265,6 +271,7 @@ pub(crate) fn control_replies() -> Vec<ControlReply> {
         ControlReply::DeviceClosed,
         ControlReply::Volume { volume: Some(VolumeReport { promised: Generation(0x18), map: Some(map()) }) },
         ControlReply::Inventory { copies: vec![inventory] },
+        ControlReply::Suspects(list()),
         ControlReply::Reached { server: SERVER, reached: true },
     ]
 }
@@ -302,6 +309,7 @@ fn promised() -> Promised {
         pending_before_start: 8,
         settled_for,
         to_settle: 6,
+        listed: true,
     };
     Promised {
         server: SERVER,

@@ -57,7 +57,7 @@ fn a_silent_member_is_left_out_and_the_others_go_on() {
 }
 
 #[test]
-fn a_returning_member_is_filled_in_full_before_it_is_active() {
+fn a_returning_member_is_filled_by_difference_before_it_is_active() {
     let mut fake = Fake::with_volume(3, 2, 1);
     fake.server(2).up = false;
     fake.run(5_000);
@@ -67,9 +67,38 @@ fn a_returning_member_is_filled_in_full_before_it_is_active() {
     let states: Vec<_> = fake.history.iter().map(|m| m.placements[0].groups[0].members[1].state).collect();
     use MemberState::{Active, Failed, Syncing};
     assert_eq!(states, [Active, Failed, Syncing, Active]);
-    let unsynced: Vec<_> = fake.server(2).fences.iter().filter(|f| !f.unsync.is_empty()).collect();
-    assert_eq!(unsynced.len(), 1, "every page is marked under the fence, once");
+    let copy = fake.map().placements[0].groups[0].members[1].copy;
+    let server = fake.server(2);
+    assert!(server.fences.iter().all(|f| f.unsync.is_empty()), "no page is marked but what is listed");
+    let pieces: Vec<_> = server.rejoins.iter().map(|r| (r.copy, r.list.from, r.list.next)).collect();
+    assert_eq!(pieces, [(copy, 0, 50), (copy, 50, u64::MAX)], "the list is whole");
     assert!(fake.server(2).fences.last().unwrap().flush, "H11b: what makes a member Active flushes");
+}
+
+#[test]
+fn a_member_whose_list_does_not_come_stays_out_and_is_marked_as_a_whole_the_second_time() {
+    let mut fake = Fake::with_volume(3, 2, 1);
+    fake.server(2).up = false;
+    fake.server(1).mute_lists = true;
+    fake.run(5_000);
+    fake.server(2).restart();
+    fake.run(10_000);
+    assert_eq!(fake.group(0), "1A 2F", "nobody rejoins without a list");
+    fake.run(25_000);
+    assert_eq!(fake.group(0), "1A 2A");
+    let whole = fake.server(2).fences.iter().filter(|f| !f.unsync.is_empty()).count();
+    assert_eq!(whole, 1);
+}
+
+#[test]
+fn a_source_is_asked_only_after_it_has_answered_the_fence() {
+    let mut fake = Fake::with_volume(3, 2, 1);
+    fake.server(2).up = false;
+    fake.run(5_000);
+    fake.server(2).restart();
+    fake.run(10_000);
+    assert_eq!(fake.server(1).refused_lists, 0);
+    assert_eq!(fake.group(0), "1A 2A");
 }
 
 #[test]

@@ -17,6 +17,8 @@ pub(super) struct FakeCopy {
     pub(super) pending: Vec<(SessionId, (Incarnation, u64))>,
     pub(super) before_start: u64,
     pub(super) settled_for: Option<SettleName>,
+    /// Its suspect pages were marked under this promise.
+    pub(super) listed: Generation,
 }
 
 #[derive(Debug)]
@@ -28,6 +30,11 @@ pub(super) struct FakeServer {
     pub(super) hidden: bool,
     /// Answers heartbeats but no fence.
     pub(super) stuck: bool,
+    pub(super) rejoins: Vec<Rejoin>,
+    /// It was asked for a list outside the fence of that list.
+    pub(super) refused_lists: u32,
+    /// Says nothing of its suspect pages.
+    pub(super) mute_lists: bool,
     pub(super) closed: bool,
     pub(super) leaving: bool,
     pub(super) no_space: bool,
@@ -57,6 +64,9 @@ impl FakeServer {
             up: true,
             hidden: false,
             stuck: false,
+            rejoins: Vec::new(),
+            refused_lists: 0,
+            mute_lists: false,
             closed: false,
             leaving: false,
             no_space: false,
@@ -143,6 +153,7 @@ impl FakeServer {
             pending_before_start: copy.before_start,
             settled_for: copy.settled_for,
             to_settle: u64::from(self.to_settle(copy)),
+            listed: copy.listed == self.promised,
         }
     }
 
@@ -166,9 +177,13 @@ impl FakeServer {
                 .is_some_and(|(_, _, m)| m.state == MemberState::Active && m.boot == self.boot && self.is_newest);
             assert!(!active, "a copy that serves is never marked");
             if let Some(copy) = self.copies.get_mut(&id) {
-                *copy = FakeCopy { unsynced: 100, ..FakeCopy::default() };
+                *copy = FakeCopy { unsynced: 100, listed: fence.generation, ..FakeCopy::default() };
             }
         }
+        self.promise()
+    }
+
+    fn promise(&self) -> ControlReply {
         ControlReply::Promised(Promised {
             server: self.id,
             generation: self.promised,
@@ -176,6 +191,41 @@ impl FakeServer {
             sessions: self.sessions.clone(),
             copies: self.copies.iter().map(|(id, copy)| self.report(*id, copy)).collect(),
         })
+    }
+
+    /// The list has two pieces.
+    fn suspects(&mut self, generation: Generation, boot: BootId, from: u64) -> ControlReply {
+        if self.promised != generation || self.stored() >= generation {
+            self.refused_lists += 1;
+            return ControlReply::Refused { promised: self.promised, stored: self.stored() };
+        }
+        if self.closed || self.boot != boot {
+            return ControlReply::DeviceClosed;
+        }
+        if self.mute_lists {
+            return ControlReply::NoSpace;
+        }
+        let bits = bytes::Bytes::from_static(&[3]);
+        let next = if from == 0 { 50 } else { u64::MAX };
+        ControlReply::Suspects(PageList { layer: LayerId(1), from, first: from, bits, next })
+    }
+
+    fn rejoin(&mut self, rejoin: &Rejoin) -> ControlReply {
+        self.rejoins.push(rejoin.clone());
+        if self.promised != rejoin.generation || self.stored() >= rejoin.generation {
+            return ControlReply::Refused { promised: self.promised, stored: self.stored() };
+        }
+        let promised = self.promised;
+        let Some(copy) = self.copies.get_mut(&rejoin.copy) else { return ControlReply::NoCopy { copy: rejoin.copy } };
+        if rejoin.list.from == 0 {
+            *copy = FakeCopy::default();
+        }
+        copy.unsynced += rejoin.list.pages().count() as u64;
+        if rejoin.list.next < u64::MAX {
+            return ControlReply::Done;
+        }
+        copy.listed = promised;
+        self.promise()
     }
 
     fn serve(&mut self, map: VolumeMap) -> ControlReply {
@@ -245,6 +295,8 @@ impl FakeServer {
             }
             ControlRequest::Fence(_) if self.stuck => return None,
             ControlRequest::Fence(fence) => self.fence(fence),
+            ControlRequest::ListSuspects { generation, boot, from, .. } => self.suspects(generation, boot, from),
+            ControlRequest::Rejoin(rejoin) => self.rejoin(&rejoin),
             ControlRequest::Serve { map } => self.serve(map),
             ControlRequest::PutCopy { .. } if self.no_space => ControlReply::NoSpace,
             ControlRequest::PutCopy { copy, generation, unsynced, .. } => {

@@ -35,6 +35,7 @@ fn report(m: &Member) -> CopyReport {
         pending_before_start: 0,
         settled_for: None,
         to_settle: 0,
+        listed: true,
     }
 }
 

@@ -302,7 +302,7 @@ impl Net {
         }
     }
 
-    fn fresh(&mut self) -> u64 {
+    pub(super) fn fresh(&mut self) -> u64 {
         self.count += 1;
         self.count
     }
