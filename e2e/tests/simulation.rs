@@ -67,6 +67,8 @@ const MUST_REACH: &[&str] = &[
     "reached: an Active member failed",
     "reached: a Syncing member failed",
     "reached: a member rejoined",
+    "reached: a member rejoins by difference",
+    "reached: a page is listed that was unsynced already",
     "reached: a member was replaced",
     "reached: a member was filled and is Active",
     "reached: a settle began",

@@ -28,7 +28,7 @@ pub const WINDOW_REQUESTS: u32 = 256;
 pub const WINDOW_BYTES: u64 = 16 << 20;
 /// Handles alive at one server process; an `Open` beyond is refused.
 pub const MAX_HANDLES: usize = 16 << 10;
-/// Pending pages per volume before the least recently written are confirmed first.
+/// Pages per volume that a driver leaves unconfirmed, and members have pending: at half of them it flushes by itself.
 pub const MAX_PENDING_PAGES: usize = 4096;
 /// Unflushed writes a driver keeps to write again after a loss (H5); a full buffer makes it flush.
 pub const KEPT_WRITES_BYTES: u64 = 64 << 20;

@@ -1,13 +1,14 @@
 //! What was acknowledged and is not yet flushed (H5), and the watermark `confirmed` (PROTOCOL.md §5).
 //!
 //! Invariants: every acknowledged change is kept until a flush that was sent after its acknowledgement has been answered
-//! by all members; `confirmed` never passes a write that is not acknowledged, or that ended in anything but success on
+//! by all members, and is so on a bounded number of pages, which members have pending; `confirmed` never passes a write that is not acknowledged, or that ended in anything but success on
 //! all members.
 
 use crate::ids::Seq;
+use crate::limits::MAX_PENDING_PAGES;
 use crate::mutants::{Mutant, on};
 use bytes::Bytes;
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// What an entry costs beside its data, bytes.
 const ENTRY_BYTES: u64 = 64;
@@ -45,17 +46,20 @@ pub(super) struct Kept {
     acks: u64,
     /// Of those, how many are known to be flushed.
     flushed: u64,
+    /// Pages, by group and number, with the last acknowledged change of each that is not flushed.
+    pages: BTreeMap<(u32, u64), u64>,
 }
 
 impl Kept {
     pub(super) fn new(limit: u64) -> Self {
-        Self { log: VecDeque::new(), bytes: 0, under_way: 0, limit, acks: 0, flushed: 0 }
+        Self { log: VecDeque::new(), bytes: 0, under_way: 0, limit, acks: 0, flushed: 0, pages: BTreeMap::new() }
     }
 
     /// Count a write that starts, if there is room; one alone is always let in.
     pub(super) fn admit(&mut self, cost: u64) -> bool {
         let used = self.bytes + self.under_way;
-        let fits = used == 0 || used + cost <= self.limit;
+        let few = self.pages.len() < MAX_PENDING_PAGES;
+        let fits = used == 0 || used + cost <= self.limit && few;
         if fits {
             self.under_way += cost;
         }
@@ -78,6 +82,11 @@ impl Kept {
         }
     }
 
+    /// The change that was acknowledged last touched these pages; all beyond the bound are as good as one more.
+    pub(super) fn touch(&mut self, pages: impl Iterator<Item = (u32, u64)>) {
+        self.pages.extend(pages.take(MAX_PENDING_PAGES).map(|page| (page, self.acks)));
+    }
+
     /// The number of the last acknowledgement: what a flush that is sent now will cover.
     pub(super) fn acks(&self) -> u64 {
         self.acks
@@ -89,6 +98,7 @@ impl Kept {
         while let Some((_, change)) = self.log.pop_front_if(|(number, _)| *number <= acks) {
             self.bytes -= change.own_cost();
         }
+        self.pages.retain(|_, last| *last > acks);
     }
 
     /// Whether something acknowledged is not known to be flushed.
@@ -98,7 +108,7 @@ impl Kept {
 
     /// Whether so much is kept that a flush should make room.
     pub(super) fn presses(&self) -> bool {
-        self.bytes >= self.limit / 2
+        self.bytes >= self.limit / 2 || self.pages.len() >= MAX_PENDING_PAGES / 2
     }
 
     /// All that must be written again after a loss, in order.
@@ -182,6 +192,22 @@ mod tests {
         assert!(kept.unflushed());
         kept.flushed(2);
         assert!(!kept.unflushed() && kept.changes().count() == 0 && kept.bytes == 0);
+    }
+
+    #[test]
+    fn pages_that_members_have_pending_are_bounded_and_those_of_old_writes_go_first() {
+        let mut kept = Kept::new(1 << 30);
+        for page in 0..MAX_PENDING_PAGES as u64 {
+            assert!(kept.admit(1));
+            kept.acknowledge(1, None);
+            kept.touch([(0, page), (0, 0)].into_iter());
+            assert_eq!(kept.presses(), page + 1 >= MAX_PENDING_PAGES as u64 / 2, "half of them: a flush is due");
+        }
+        assert!(kept.admit(1), "one alone always gets in");
+        assert!(!kept.admit(1), "then no other");
+        kept.flushed(10);
+        assert_eq!(kept.pages.len(), MAX_PENDING_PAGES - 9, "page 0 was written again since");
+        assert!(kept.admit(1));
     }
 
     #[test]

@@ -182,6 +182,7 @@ impl Driver {
 
     /// Keep what was acknowledged until a flush covers it (H5), and see to it that one comes.
     fn keep(&mut self, op: Op) {
+        let range = op.kind.range();
         let single = self.view.as_ref().is_some_and(|view| !view.map.multi_session);
         let change = match op.kind {
             Kind::Write { address, data } => Change::Write { address, data },
@@ -189,6 +190,10 @@ impl Driver {
             Kind::Read { .. } | Kind::Written | Kind::Broadcast(_) => unreachable!("only changes are kept"),
         };
         self.kept.acknowledge(op.kept_bytes, single.then_some(change));
+        if let Some(view) = self.view.as_ref() {
+            let extents = view.geometry.split(range.start, range.end - range.start);
+            self.kept.touch(extents.map(|extent| (extent.group, extent.page)));
+        }
         self.changed_at = self.now;
         self.unflushed_since.get_or_insert(self.now);
         self.wake_by(self.now.after(IDLE_CONFIRM_MS));

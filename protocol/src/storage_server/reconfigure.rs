@@ -315,8 +315,11 @@ impl StorageServer {
     }
 
     pub(super) fn change_answered(&mut self, volume: VolumeId, answer: MediumAnswer) {
-        assert_eq!(answer, MediumAnswer::Done, "commits and flushes need no room");
         let change = self.known(volume).changes.front_mut().expect("an order is under way");
+        let marks = matches!(change.order, Order::Rejoin(_));
+        assert!(answer == MediumAnswer::Done || marks, "other commits and flushes need no room");
+        // No room for the entries of pages that are to be marked: then nothing is promised of the copy.
+        change.lost |= answer == MediumAnswer::NoSpace;
         change.outstanding -= 1;
         self.advance_change(volume);
     }

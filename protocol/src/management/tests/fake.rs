@@ -215,6 +215,9 @@ impl FakeServer {
         if self.promised != rejoin.generation || self.stored() >= rejoin.generation {
             return ControlReply::Refused { promised: self.promised, stored: self.stored() };
         }
+        let member = self.map.as_ref().and_then(|map| map.place_of(rejoin.copy)).map(|(_, _, m)| *m);
+        let active = member.is_some_and(|m| m.state == MemberState::Active && m.boot == self.boot && self.is_newest);
+        assert!(!active, "a copy that serves is never marked");
         let promised = self.promised;
         let Some(copy) = self.copies.get_mut(&rejoin.copy) else { return ControlReply::NoCopy { copy: rejoin.copy } };
         if rejoin.list.from == 0 {
