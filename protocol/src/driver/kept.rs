@@ -1,8 +1,8 @@
 //! What was acknowledged and is not yet flushed (H5), and the watermark `confirmed` (PROTOCOL.md §5).
 //!
 //! Invariants: every acknowledged change is kept until a flush that was sent after its acknowledgement has been answered
-//! by all members, and is so on a bounded number of pages, which members have pending; `confirmed` never passes a write that is not acknowledged, or that ended in anything but success on
-//! all members.
+//! by all members, and what is not flushed lies on a bounded number of pages, for members have those pending; `confirmed`
+//! never passes a write that is not acknowledged, or that ended in anything but success on all members.
 
 use crate::ids::Seq;
 use crate::limits::MAX_PENDING_PAGES;
