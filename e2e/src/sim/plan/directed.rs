@@ -17,30 +17,31 @@ const BEGIN: u64 = 6 * SECOND;
 /// A cluster and what is done with it, in any order.
 pub(super) fn plan(dice: &mut Dice) -> (Setup, Vec<Step>) {
     let mut scene = Scene { setup: setup(dice), steps: Vec::new() };
-    match dice.below(37) {
+    match dice.below(40) {
         0..=1 => scene.lease(dice),
-        2..=3 => scene.late_word(dice),
-        4..=5 => scene.late_commands(dice),
-        6 => scene.late_commit(dice),
-        7..=8 => scene.two_successors(dice),
-        9 => scene.crash_after(dice, Moment::Filled),
-        10 => scene.crash_after(dice, Moment::SettleOver),
-        11..=13 => scene.undone(dice),
-        14 => scene.successors(dice),
-        15..=16 => scene.two_leaders(dice),
-        17..=18 => scene.given_up(dice),
-        19 => scene.sleeper(dice),
-        20 => scene.broken_often(dice),
-        21..=22 => scene.half_settled(dice),
-        23 => scene.half_written(dice),
-        24..=25 => scene.filled_with_pending(dice),
-        26 => scene.settled_and_away(dice),
-        27..=28 => scene.handled(dice),
-        29 => scene.flushed_past(dice),
-        30..=31 => scene.written_while_filled(dice),
-        32 => scene.rotten(dice),
-        33..=34 => scene.given_back(dice),
-        35 => scene.adopted(dice),
+        2..=5 => scene.late_word(dice),
+        6..=7 => scene.late_commands(dice),
+        8 => scene.late_commit(dice),
+        9..=10 => scene.two_successors(dice),
+        11 => scene.crash_after(dice, Moment::Filled),
+        12 => scene.crash_after(dice, Moment::SettleOver),
+        13..=15 => scene.undone(dice),
+        16 => scene.successors(dice),
+        17..=18 => scene.two_leaders(dice),
+        19..=20 => scene.given_up(dice),
+        21 => scene.sleeper(dice),
+        22 => scene.broken_often(dice),
+        23..=24 => scene.half_settled(dice),
+        25 => scene.half_written(dice),
+        26..=27 => scene.filled_with_pending(dice),
+        28 => scene.settled_and_away(dice),
+        29..=30 => scene.handled(dice),
+        31 => scene.flushed_past(dice),
+        32..=33 => scene.written_while_filled(dice),
+        34 => scene.late_page(dice),
+        35 => scene.rotten(dice),
+        36..=37 => scene.given_back(dice),
+        38 => scene.adopted(dice),
         _ => scene.full(dice),
     }
     (scene.setup, scene.steps)
@@ -138,7 +139,7 @@ impl Scene {
     /// M7: a reply of the member that stays is on its way for longer than the operator waits for the lease.
     fn late_word(&mut self, dice: &mut Dice) {
         self.setup.multi_session = true;
-        let apart = dice.index(2);
+        let apart = usize::from(dice.chance(1, 8));
         let (member, other) = (Host::Server(apart), Host::Server(1 - apart));
         let deaf = vec![Host::Operator(0), Host::Api, Host::Driver(1)];
         self.attach(SECOND, 0);
@@ -148,8 +149,8 @@ impl Scene {
         to.push(other);
         self.fault(BEGIN, Fault::Cut { from: vec![member], to, both: true, ms: 24_000 });
         self.fault(BEGIN, Fault::Cut { from: vec![Host::Driver(0)], to: deaf, both: true, ms: 20_000 });
-        let from = BEGIN + dice.within(SECOND, 2_500_000);
-        let ms = dice.within(7_500, 9_500);
+        let from = BEGIN + dice.within(1_500_000, 2_100_000);
+        let ms = (BEGIN + dice.within(9_000_000, 9_900_000) - from) / 1_000;
         self.fault(from, Fault::Cut { from: vec![other], to: vec![Host::Driver(0)], both: false, ms });
         self.asks(dice, 0, (from + 1_000, from + 100_000), 50_000, (0, 0));
         self.asks(dice, 1, (BEGIN + 3 * SECOND, BEGIN + 20 * SECOND), 20_000, (9, 0));

@@ -122,19 +122,20 @@ impl Scene {
     pub(super) fn handled(&mut self, dice: &mut Dice) {
         self.pages(4);
         self.attach(SECOND, 0);
-        for n in 0..3 {
-            let at_us = BEGIN + n * 9 * SECOND;
+        for n in 0..2 {
+            let at_us = BEGIN + n * 15 * SECOND;
             self.asks_over_all(dice, (at_us - 400_000, at_us), 8_000, (10, 0));
             let stop = |down_ms| Fault::StopServers { servers: vec![0, 1], power: true, down_ms };
             self.fault(at_us, stop(dice.within(100, 600)));
-            if n > 0 {
+            self.fault(at_us, Fault::SlowDisk { server: 0, extra_us: 60_000, ms: 14_000 });
+            if dice.chance(3, 4) {
                 let off = Fault::PowerOffClient { client: 0, down_ms: dice.within(100, 500) };
                 let fault = both(off, stop(dice.within(100, 600)));
-                self.fault(at_us, timed(Moment::Handled, dice.within(2_000, 20_000), fault));
+                self.fault(at_us, timed(Moment::Handled, dice.within(10_000, 80_000), fault));
             }
-            self.asks_over_all(dice, (at_us + 100_000, at_us + 8 * SECOND), 200_000, (0, 0));
+            self.asks_over_all(dice, (at_us + 100_000, at_us + 14 * SECOND), 500_000, (0, 0));
         }
-        self.setup.heal_at_us = BEGIN + 27 * SECOND;
+        self.setup.heal_at_us = BEGIN + 30 * SECOND;
     }
 
     /// §5.1: all lose power as soon as a successor adopts what the process before it had acknowledged.
@@ -223,6 +224,7 @@ impl Scene {
     pub(super) fn written_while_filled(&mut self, dice: &mut Dice) {
         self.pages(8);
         self.setup.jitter_us = 60_000;
+        self.setup.multi_session = dice.chance(1, 2);
         self.attach(SECOND, 0);
         let blocks = self.setup.blocks;
         for page in 0..8 {
@@ -233,6 +235,12 @@ impl Scene {
             let at_us = BEGIN + n * 6 * SECOND;
             let stop = Fault::StopServers { servers: vec![1], power: dice.chance(1, 2), down_ms: dice.within(10, 200) };
             self.fault(at_us, stop);
+            if self.setup.multi_session {
+                // A change of the map comes between.
+                self.fault(at_us, Fault::SlowDisk { server: 1, extra_us: dice.within(20_000, 150_000), ms: 4_000 });
+                let action = [Action::Attach { client: 1, clean: true }, Action::Detach { client: 1 }];
+                self.act(at_us + dice.within(800_000, 2_500_000), action[n as usize % 2].clone());
+            }
             let mut ask_at = at_us;
             while ask_at < at_us + 3 * SECOND {
                 let ask = if dice.chance(1, 40) { Ask::Flush } else { Ask::Write(dice.below(blocks), 1) };
@@ -243,6 +251,25 @@ impl Scene {
                 let stop = Fault::StopServers { servers: vec![1], power: true, down_ms: dice.within(10, 200) };
                 self.fault(at_us, timed(Moment::PageServed, dice.within(0, 8_000), stop));
             }
+        }
+    }
+
+    /// H6: a page of a fill is on its way until the member was left out, missed writes, and rejoined.
+    pub(super) fn late_page(&mut self, dice: &mut Dice) {
+        self.pages(4);
+        self.attach(SECOND, 0);
+        self.asks_over_all(dice, (2 * SECOND, 4 * SECOND), 15_000, (9, 1));
+        for n in 0..2 {
+            let at_us = BEGIN + n * 13 * SECOND;
+            let stop = Fault::StopServers { servers: vec![1], power: true, down_ms: dice.within(10, 200) };
+            self.fault(at_us, stop);
+            let (source, own) = (vec![Host::Server(0)], vec![Host::Server(1)]);
+            let away = dice.within(3_500, 5_000);
+            let page = Fault::Cut { from: source, to: own.clone(), both: false, ms: away + dice.within(800, 2_500) };
+            let left_out = vec![Host::Operator(0), Host::Driver(0)];
+            let cut = Fault::Cut { from: own, to: left_out, both: true, ms: away };
+            self.fault(at_us, timed(Moment::PageServed, 0, both(page, cut)));
+            self.asks_over_all(dice, (at_us + 2 * SECOND, at_us + 7 * SECOND), 40_000, (8, 1));
         }
     }
 
