@@ -16,7 +16,7 @@ const AFTER: Duration = Duration::from_secs(4);
 pub(super) fn measure(settings: &Settings) -> Result<String> {
     let mut stand = Stand::new(settings, "outage", 2)?;
     // A part of the volume, so that moving all of it would show; small enough that every page of it is written.
-    let region = (settings.volume_bytes / 8).min(32 << 20);
+    let region = (settings.volume_bytes / 32).min(32 << 20);
     let time = BEFORE + settings.away + AFTER;
     let before = moved(&stand)?;
     let (away, survivor) = (settings.away, 0);
