@@ -251,7 +251,7 @@ impl Volume {
             return false;
         }
         self.send_fences(world);
-        let listed = self.carry_lists(world);
+        let listed = self.carry_lists(world) || on(Mutant::ListNotAwaited);
         let patience = self.patience();
         let Some(change) = self.change.as_ref() else { return false };
         let waited = world.now.since(change.since);
