@@ -11,12 +11,15 @@ use lamina_crds::Id;
 use lamina_crds::condition::{self as api, set_condition};
 use lamina_crds::volume::progress::{CopyProgress, CopyWork, VolumeSummary};
 use lamina_crds::volume::{Attachment, AttachmentPhase, VolumeState, VolumeStatus};
-use lamina_protocol::control::CopyProgress as Progress;
+use lamina_protocol::control::{CopyProgress as Progress, SETTLE_ANEW};
 use lamina_protocol::ids::{CopyId, ServerId, VolumeId};
 use lamina_protocol::management::{Condition, ConditionKind, Reason, SessionState, VolumeObject};
 use lamina_protocol::map::{AccessMode, MemberState, Standing, VolumeMap};
 
 use crate::translate;
+
+/// More pages than a copy can have: what a server says beyond is nonsense, and sums of it stay numbers.
+const MOST_PAGES: u64 = 1 << 40;
 
 mod policy;
 mod server;
@@ -207,19 +210,29 @@ fn attachments(object: &VolumeObject, conditions: &[Condition]) -> Vec<Attachmen
     wished.chain(leaving).collect()
 }
 
+/// What is done to a copy, the pages to go, and those in all. The numbers are a storage server's word: no copy has as many
+/// pages as [`MOST_PAGES`], and a settle whose pages are not known yet, or that must begin anew, says `u64::MAX`.
+fn work_left(p: &Progress, syncing: bool) -> (CopyWork, u64, u64) {
+    let total = p.pages.min(MOST_PAGES);
+    if syncing || p.to_settle == 0 {
+        let left = p.unsynced.min(MOST_PAGES);
+        return (CopyWork::Filling, left, total.max(left));
+    }
+    let left = if p.to_settle == SETTLE_ANEW { total } else { p.to_settle.min(MOST_PAGES) };
+    (CopyWork::Settling, left, total.max(left))
+}
+
 fn copy_progress(map: &VolumeMap, p: &Progress, rate: Option<u64>, names: &dyn Names) -> Option<CopyProgress> {
     let (_, _, member) = map.place_of(p.copy)?;
     let shown = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
-    let filling = member.state == MemberState::Syncing || p.to_settle == 0;
-    let left = if filling { p.unsynced } else { p.to_settle };
-    let total = p.pages.max(left);
+    let (work, left, total) = work_left(p, member.state == MemberState::Syncing);
     let percent = if left == 0 || total == 0 { 100 } else { (100 * (total - left) / total).min(99) };
     let page_bytes = u64::from(map.top().page_bytes);
     let eta = rate.filter(|rate| *rate > 0).map(|rate| left.saturating_mul(page_bytes) / rate);
     Some(CopyProgress {
         copy: Id::of(p.copy.0),
         server: names.server(member.server),
-        work: if filling { CopyWork::Filling } else { CopyWork::Settling },
+        work,
         pages_left: shown(left),
         pages_total: shown(total),
         percent: percent as i32,
@@ -338,5 +351,25 @@ mod tests {
     fn sizes_and_durations_are_short() {
         assert_eq!([0, 1023, 1024, 1536, 118 << 20, 4 << 40].map(size), ["0", "1023", "1Ki", "1.5Ki", "118Mi", "4Ti"]);
         assert_eq!([5, 190, 7200].map(duration), ["5s", "3m10s", "2h00m"]);
+    }
+
+    /// Found by the faults through real processes: the operator stopped on it, and no session was admitted any more.
+    #[test]
+    fn a_settle_that_begins_anew_has_all_pages_to_go_and_nonsense_has_a_limit() {
+        let of = |unsynced, to_settle| Progress {
+            volume: VolumeId(1),
+            copy: CopyId(1),
+            boot: lamina_protocol::ids::BootId(1),
+            stored: lamina_protocol::ids::Generation(1),
+            unsynced,
+            pages: 128,
+            filled_bytes: 0,
+            to_settle,
+        };
+        assert_eq!(work_left(&of(0, SETTLE_ANEW), false), (CopyWork::Settling, 128, 128));
+        assert_eq!(work_left(&of(0, 3), false), (CopyWork::Settling, 3, 128));
+        assert_eq!(work_left(&of(7, SETTLE_ANEW), true), (CopyWork::Filling, 7, 128));
+        assert_eq!(work_left(&of(u64::MAX, 0), true), (CopyWork::Filling, MOST_PAGES, MOST_PAGES));
+        assert_eq!(work_left(&of(0, u64::MAX - 1), false), (CopyWork::Settling, MOST_PAGES, MOST_PAGES));
     }
 }

@@ -193,7 +193,8 @@ impl World {
         }
     }
 
-    /// Only where every group with a copy there has another `Active` copy that serves: the last one is not taken away.
+    /// Only where every group with a copy there has another `Active` copy that serves: the last one is not taken away. Nor
+    /// under a change whose fence was answered from this disk: its commit may leave the other ones out.
     fn blank_disk(&mut self, server: usize, disk: usize, down_us: u64) -> bool {
         let Some(map) = self.store.map() else { return false };
         let here = |copy| self.servers[server].disks[disk].has_copy(copy);
@@ -204,7 +205,8 @@ impl World {
             .filter(|(_, _, g)| g.members.iter().any(|m| here(m.copy)))
             .all(|(_, _, group)| group.in_state(MemberState::Active).any(|m| !here(m.copy) && open(m.boot)));
         let used = self.servers[server].disks[disk].copies().next().is_some();
-        if !spared || !used || self.servers[server].machine.is_none() {
+        let changing = self.store.object.status.proposed.is_some();
+        if changing || !spared || !used || self.servers[server].machine.is_none() {
             return false;
         }
         self.stop_server(server, Cut::Power, down_us);

@@ -195,7 +195,11 @@ impl Runtime {
         let metrics = &self.options.metrics;
         let name = object.name.clone();
         metrics.generation.get_or_create(&Named { name: name.clone() }).set(object.status.generation.0 as i64);
-        let left = self.shown.volumes.get(&volume).map_or(0, |s| s.progress.iter().map(|p| p.unsynced).sum::<u64>());
+        let left = self
+            .shown
+            .volumes
+            .get(&volume)
+            .map_or(0, |s| s.progress.iter().fold(0, |sum: u64, p| sum.saturating_add(p.unsynced)));
         metrics.pages_left.get_or_create(&Named { name: name.clone() }).set(left as i64);
         let states =
             [(MemberState::Active, "active"), (MemberState::Syncing, "syncing"), (MemberState::Failed, "failed")];

@@ -70,10 +70,7 @@ impl Stage {
 
     /// The ids of all copies in the map.
     pub(crate) fn copies(&self) -> Vec<String> {
-        let volume = self.cluster.volume("v").unwrap();
-        let groups = volume["status"]["map"]["placements"][0]["groups"].as_array().unwrap().clone();
-        let members = groups.iter().flat_map(|group| group["members"].as_array().unwrap().clone());
-        members.map(|member| member["copy"].as_str().unwrap().to_owned()).collect()
+        copies_in(&self.cluster.volume("v").unwrap())
     }
 
     /// Detaches and deletes another volume.
@@ -115,6 +112,13 @@ impl Stage {
 
 pub(crate) fn is_healthy(volume: &Value) -> bool {
     volume["status"]["state"] == "Healthy"
+}
+
+/// The copies that its map lists.
+pub(crate) fn copies_in(volume: &Value) -> Vec<String> {
+    let groups = volume["status"]["map"]["placements"][0]["groups"].as_array().unwrap().clone();
+    let members = groups.iter().flat_map(|group| group["members"].as_array().unwrap().clone());
+    members.map(|member| member["copy"].as_str().unwrap().to_owned()).collect()
 }
 
 pub(crate) fn is_degraded(volume: &Value) -> bool {
