@@ -12,7 +12,7 @@
 //! | `net`, `links` | connections |
 //! | `disk` | the medium contract and its crashes |
 //! | `servers`, `clients`, `operators`, `api` | runtimes of the machines |
-//! | `faults` | what goes wrong |
+//! | `faults`, `people` | what goes wrong, and what people do |
 //! | `register`, `checks`, `finish` | oracles |
 //! | `shrink`, `words` | the shortest history that fails, and what is printed of it |
 
@@ -28,6 +28,7 @@ mod finish;
 mod links;
 mod net;
 mod operators;
+mod people;
 pub mod plan;
 mod queue;
 mod register;

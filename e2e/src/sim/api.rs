@@ -1,6 +1,7 @@
 //! The API server: one volume's object, the objects of the servers, the lease; compare-and-swap, watches that lag.
 
 use super::event::{Event, Host, Process, StoreAnswer, StoreCall};
+use super::people::Backup;
 use super::plan::Setup;
 use super::world::{VOLUME, World};
 use lamina_protocol::ids::{Generation, SessionId};
@@ -24,6 +25,14 @@ pub(super) struct Store {
     pub(super) lease_number: u64,
     /// What each way of a call takes longer at most.
     pub(super) extra_us: u64,
+    /// States that may be put back.
+    pub(super) backups: Vec<Backup>,
+    /// An old state was put back.
+    pub(super) restored: bool,
+    /// A leader says that a person must say which map counts.
+    pub(super) diverged: bool,
+    /// The object is no more.
+    pub(super) gone: bool,
     /// Every map ever committed.
     pub(super) maps: BTreeMap<Generation, VolumeMap>,
     /// When the next word of a watch may come: watches are ordered.
@@ -65,6 +74,10 @@ impl Store {
             renewed: 0,
             lease_number: 0,
             extra_us: 0,
+            backups: Vec::new(),
+            restored: false,
+            diverged: false,
+            gone: false,
             maps: BTreeMap::new(),
             next_watch: BTreeMap::new(),
             sessions: 0,
@@ -90,6 +103,7 @@ impl World {
         object.version += 1;
         change(&mut object.wishes);
         self.store.object = Rc::new(object);
+        self.back_up();
         self.tell_watchers();
     }
 
@@ -116,7 +130,9 @@ impl World {
             if self.operators[n].leader.is_some() {
                 let process = Process { host: Host::Operator(n), epoch: self.operators[n].epoch };
                 let (at, object) = (self.watch_time(Host::Operator(n)), self.store.object.clone());
-                self.queue.push(at, Event::Watch { process, object });
+                let word = Event::Watch { process, object };
+                self.now_and_then_again(word.clone());
+                self.queue.push(at, word);
             }
         }
         for n in 0..self.clients.len() {
@@ -140,6 +156,9 @@ impl World {
 
     /// A word of a watch has come to an operator: lost if the API server is cut off; a new watch lists anew.
     pub(super) fn watched(&mut self, process: Process, object: &Rc<VolumeObject>) {
+        if self.store.gone {
+            return self.leader_input_of(process, Input::VolumeGone { volume: VOLUME });
+        }
         if !self.net.is_cut(Host::Api, process.host) {
             let input = Input::Volume { object: (**object).clone(), source: Source::Watched };
             self.leader_input_of(process, input);
@@ -161,6 +180,12 @@ impl World {
 
     pub(super) fn store_arrive(&mut self, process: Process, call: StoreCall) {
         let arrives = !self.net.is_cut(process.host, Host::Api);
+        let twice = arrives && !self.healed && matches!(call, StoreCall::Write { .. }) && self.dice.chance(1, 80);
+        if twice {
+            // Who asks for it got no answer and asks again by itself; the second answer is what is heard.
+            self.counters.count("fault: a write to the API server is done twice");
+            self.carry_out(process, &call);
+        }
         let answer = arrives.then(|| self.carry_out(process, &call));
         let returns = arrives && !self.net.is_cut(Host::Api, process.host);
         let (wait, answer) = match answer.filter(|_| returns) {
@@ -181,7 +206,19 @@ impl World {
                 let outcome = self.write_status(process, guard, next);
                 leader(Input::Written { call: *call, outcome })
             }
-            StoreCall::Release { call } => leader(Input::Written { call: *call, outcome: Written::Conflict }),
+            StoreCall::Release { call, guard } => {
+                let wishes = &self.store.object.wishes;
+                let free = wishes.deleted && wishes.sessions.is_empty() && !self.store.gone;
+                let outcome = match free && guard.holds(&self.store.object.status) {
+                    true => Written::Done,
+                    false => Written::Conflict,
+                };
+                if outcome == Written::Done {
+                    self.released(process);
+                }
+                leader(Input::Written { call: *call, outcome })
+            }
+            StoreCall::Read if self.store.gone => leader(Input::VolumeGone { volume: VOLUME }),
             StoreCall::Read => leader(Input::Volume { object: (*self.store.object).clone(), source: Source::Read }),
             StoreCall::Lease => self.lease(process),
             StoreCall::RaiseLease { above } => {
@@ -192,7 +229,7 @@ impl World {
     }
 
     fn write_status(&mut self, process: Process, guard: &Guard, next: &Status) -> Written {
-        if !guard.holds(&self.store.object.status) {
+        if self.store.gone || !guard.holds(&self.store.object.status) {
             self.counters.count("reached: a guarded write was refused");
             return Written::Conflict;
         }
@@ -204,6 +241,7 @@ impl World {
         object.version += 1;
         let before = std::mem::replace(&mut object.status, next.clone());
         self.store.object = Rc::new(object);
+        self.back_up();
         self.committed(&before);
         self.tell_watchers();
         Written::Done
@@ -219,11 +257,12 @@ impl World {
             self.store.holder = Some(process);
             self.store.renewed = self.now;
             self.store.lease_number += 1;
+            self.back_up();
         }
         StoreAnswer::Lease {
             holds: self.store.holder == Some(process),
             number: self.store.lease_number,
-            object: self.store.object.clone(),
+            object: (!self.store.gone).then(|| self.store.object.clone()),
         }
     }
 }
@@ -231,7 +270,7 @@ impl World {
 /// What an operator thinks of a call that was not answered.
 fn unknown(call: &StoreCall) -> Option<StoreAnswer> {
     match call {
-        StoreCall::Write { call, .. } | StoreCall::Release { call } => {
+        StoreCall::Write { call, .. } | StoreCall::Release { call, .. } => {
             Some(StoreAnswer::Leader(Box::new(Input::Written { call: *call, outcome: Written::Unknown })))
         }
         StoreCall::Lease => Some(StoreAnswer::LeaseUnknown),

@@ -61,6 +61,7 @@ impl World {
         let written = self.checks.writes.remove(&key);
         count_reply(&mut self.counters, &frame.body);
         if matches!(frame.body, ReplyBody::Page { .. }) {
+            self.work.pages += 1;
             self.moment(Moment::PageServed);
         }
         let served = frame.body.is_success() || matches!(frame.body, ReplyBody::BadBlock { .. });
@@ -246,6 +247,11 @@ impl World {
             return self.fail("I2", format!("the object fell from {} to {}", before.generation, status.generation));
         }
         let Some(map) = status.map.clone().filter(|_| status.generation > before.generation) else { return };
+        if self.is_adopted(&map) {
+            return;
+        }
+        self.check_lineage(before.generation);
+        self.work.commits += 1;
         self.note(|| format!("COMMIT {}", words(&map, status.proposed.is_some())));
         self.counters.count("commits");
         if map.generation != status.generation || map.validate().is_err() {
@@ -272,6 +278,27 @@ impl World {
         }
         self.register.committed(&listed, raised, map.settling());
         self.store.maps.insert(map.generation, map);
+    }
+
+    /// R6: a generation belongs to one map for ever, and none below the highest is committed anew.
+    fn is_adopted(&mut self, map: &VolumeMap) -> bool {
+        let Some((highest, known)) = self.store.maps.range(map.generation..).next_back() else { return false };
+        let generation = map.generation;
+        match self.store.maps.get(&generation) {
+            Some(same) if same == map => {
+                self.counters.count("reached: a map was adopted");
+                self.note(|| format!("ADOPTED generation {generation}"));
+            }
+            Some(other) => {
+                let what = format!("generation {generation} was committed with two maps: {other:?}, {map:?}");
+                self.fail("R6", what);
+            }
+            None => {
+                let what = format!("generation {generation} was committed after {highest}: {known:?}");
+                self.fail("R6", what);
+            }
+        }
+        true
     }
 
     fn check_group(&mut self, map: &VolumeMap, number: u32, was: &Group, group: &Group) {
@@ -306,6 +333,12 @@ impl World {
         if group.settle == Settle::Over {
             self.counters.count("reached: a settle is over");
             self.moment(Moment::SettleOver);
+        }
+        let gone = |m: &Member| m.state == MemberState::Active && group.member(m.copy).is_none();
+        let left = group.in_state(MemberState::Active).count();
+        if was.members.iter().any(gone) && left < usize::from(self.plan.setup.copies) {
+            let what = format!("a member was taken away and {left} Active ones stay: {was:?} -> {group:?}");
+            self.fail("votes (§3.1)", what);
         }
         for member in &group.members {
             self.check_member(map, member, was.member(member.copy), raised);

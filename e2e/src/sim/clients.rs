@@ -112,7 +112,7 @@ impl World {
         let frozen = self.frozen.contains_key(&Host::Driver(client));
         let Some(attached) = &host.attached else {
             let elsewhere = self.clients.iter().any(|c| c.attached.as_ref().is_some_and(|a| a.wished));
-            if host.wanted && (self.plan.setup.multi_session || !elsewhere) {
+            if host.wanted && !self.deleting() && (self.plan.setup.multi_session || !elsewhere) {
                 let id = self.wish_session(client);
                 self.clients[client].attached =
                     Some(Attachment { id, wished: true, staged: false, lost: false, dead: false, draining: false });
@@ -317,7 +317,7 @@ impl World {
         } else {
             (0..self.clients.len()).find(|c| self.may_ask(*c)).unwrap_or(client)
         };
-        if !self.may_ask(client) || self.meets_another_session(client, ask) {
+        if !self.may_ask(client) || self.is_beyond(client, ask) || self.meets_another_session(client, ask) {
             return self.counters.count("asked in vain");
         }
         self.ask_now(client, ask);
@@ -336,6 +336,16 @@ impl World {
             let theirs = range(other.ask);
             (writes(ask) || writes(other.ask)) && own.start < theirs.end && theirs.start < own.end
         })
+    }
+
+    /// The device is not as large as that.
+    fn is_beyond(&self, client: usize, ask: Ask) -> bool {
+        let (Ask::Read(block, count) | Ask::Write(block, count) | Ask::Discard(block, count)) = ask else {
+            return false;
+        };
+        let mut holders = self.clients[client].processes.values().filter(|r| r.holds_device);
+        let size = holders.next().and_then(|r| r.driver.size()).unwrap_or(self.plan.setup.blocks * BLOCK);
+        (block + count) * BLOCK > size
     }
 
     fn may_ask(&self, client: usize) -> bool {
@@ -496,7 +506,7 @@ impl World {
                 self.close(link.0 as usize, 0);
             }
             Output::Send { link, frame } => {
-                self.count_sent(process, &frame.body);
+                self.count_sent(process, &frame.body, &frame.payload);
                 self.send(link.0 as usize, 0, Message::Request(frame));
             }
             Output::Complete { tag, result } => self.completed(client, process.epoch, tag.0, result),
@@ -533,7 +543,10 @@ impl World {
         }
     }
 
-    fn count_sent(&mut self, process: Process, body: &RequestBody) {
+    fn count_sent(&mut self, process: Process, body: &RequestBody, payload: &[u8]) {
+        if matches!(body, RequestBody::Write { .. }) && self.register.is_acknowledged(stamp::first_word(payload)) {
+            self.counters.count("reached: a driver writes again what was acknowledged");
+        }
         match body {
             RequestBody::Ping => self.counters.count("reached: a ping for the read lease"),
             RequestBody::Write { .. } | RequestBody::Discard { .. } => self.moment(Moment::WriteSent),

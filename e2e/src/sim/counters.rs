@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-/// Counts by name.
+/// Counts by name, and highest values by name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Counters(BTreeMap<String, u64>);
+pub struct Counters(BTreeMap<String, u64>, BTreeMap<String, u64>);
 
 impl Counters {
     /// One more of this.
@@ -22,6 +22,11 @@ impl Counters {
         }
     }
 
+    /// The highest of one run.
+    pub(super) fn most(&mut self, name: &str, value: u64) {
+        self.1.insert(name.to_owned(), value.max(self.1.get(name).copied().unwrap_or(0)));
+    }
+
     /// How often.
     pub fn of(&self, name: &str) -> u64 {
         self.0.get(name).copied().unwrap_or(0)
@@ -32,12 +37,15 @@ impl Counters {
         for (name, count) in &other.0 {
             self.add(name, *count);
         }
+        for (name, value) in &other.1 {
+            self.most(name, *value);
+        }
     }
 }
 
 impl fmt::Display for Counters {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (name, count) in &self.0 {
+        for (name, count) in self.0.iter().chain(&self.1) {
             writeln!(f, "{count:>10}  {name}")?;
         }
         Ok(())

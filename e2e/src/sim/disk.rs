@@ -135,6 +135,8 @@ pub(super) struct Disk {
     effects: u64,
     opening: Option<Opening>,
     pub(super) failing: Option<Failing>,
+    /// It was put in place of a used one and was not opened yet.
+    pub(super) returns_blank: bool,
     /// Every stamp that a write put into a copy, for I1.
     pub(super) written: std::collections::BTreeSet<(CopyId, u64)>,
     /// A page was called synced whose filled blocks a crash would make stale again (H11c).
@@ -164,6 +166,7 @@ impl Disk {
             effects: 0,
             opening: None,
             failing: None,
+            returns_blank: false,
             written: Default::default(),
             synced_early: None,
         }
@@ -172,6 +175,12 @@ impl Disk {
     /// The opening under way.
     pub(super) fn boot(&self) -> Option<BootId> {
         self.opening.as_ref().map(|opening| opening.boot)
+    }
+
+    /// A write has been handed in and not answered.
+    pub(super) fn is_writing(&self) -> bool {
+        let writes = |w: &Waiting| matches!(w.what, MediumOp::Write { .. });
+        self.opening.as_ref().is_some_and(|opening| opening.waiting.iter().any(writes))
     }
 
     fn used_bytes(&self) -> u64 {

@@ -2,7 +2,7 @@
 
 use super::net::ConnIndex;
 use super::plan::Fault;
-use lamina_protocol::control::DriverReport;
+use lamina_protocol::control::{ControlRequest, DriverReport};
 use lamina_protocol::ids::{BootId, ServerId};
 use lamina_protocol::management::{self, CallId, Guard, Status, VolumeObject};
 use lamina_protocol::storage_server::medium::OpId;
@@ -44,7 +44,7 @@ pub(super) struct Process {
 #[derive(Clone, Debug)]
 pub(super) enum StoreCall {
     Write { call: CallId, guard: Guard, next: Box<Status> },
-    Release { call: CallId },
+    Release { call: CallId, guard: Guard },
     Read,
     Lease,
     RaiseLease { above: u64 },
@@ -58,7 +58,8 @@ pub(super) enum StoreAnswer {
     Lease {
         holds: bool,
         number: u64,
-        object: Rc<VolumeObject>,
+        /// `None` = it is deleted.
+        object: Option<Rc<VolumeObject>>,
     },
     LeaseUnknown,
 }
@@ -133,6 +134,11 @@ pub(super) enum Event {
     LeaseTick {
         process: Process,
     },
+    /// A command that a server has heard before.
+    CallAgain {
+        process: Process,
+        request: Box<ControlRequest>,
+    },
     Watch {
         process: Process,
         object: Rc<VolumeObject>,
@@ -164,6 +170,7 @@ impl Event {
             | Self::Submit { process, .. }
             | Self::StoreAnswer { process, .. }
             | Self::LeaseTick { process }
+            | Self::CallAgain { process, .. }
             | Self::Watch { process, .. } => Some(*process),
             Self::Stream { conn, from } => Some(conn_end(*conn, 1 - *from)),
             Self::Gone { conn, end } => Some(conn_end(*conn, *end)),

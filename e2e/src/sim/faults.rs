@@ -47,6 +47,11 @@ impl World {
             }
             Fault::Both { .. } => unreachable!("taken apart by the caller"),
             Fault::LoseLease => self.store.holder = None,
+            Fault::RestoreApi { back_ms, versions } => return self.restore_api(back_ms * 1_000, *versions),
+            Fault::Drain { server, ms } => {
+                self.drain(*server, true);
+                self.queue.push(self.now + ms * 1_000, Event::Heal(n));
+            }
             Fault::Freeze { host, ms } => {
                 self.freeze(*host, n);
                 self.queue.push(self.now + ms * 1_000, Event::Thaw { host: *host, number: n });
@@ -149,6 +154,7 @@ impl World {
             }
             Fault::SlowDisk { server, .. } => self.servers[server].extra_us = 0,
             Fault::SlowApi { .. } => self.store.extra_us = 0,
+            Fault::Drain { server, .. } => self.undrain(server),
             Fault::Leave { server, down_ms } => self.stop_server(server, Cut::Process, down_ms * 1_000),
             _ => {}
         }
@@ -210,7 +216,8 @@ impl World {
             return false;
         }
         self.stop_server(server, Cut::Power, down_us);
-        let blank = Disk::blank(DeviceId(self.mint()), self.plan.setup.capacity_bytes);
+        let mut blank = Disk::blank(DeviceId(self.mint()), self.plan.setup.capacity_bytes);
+        blank.returns_blank = true;
         self.servers[server].disks[disk] = blank;
         self.servers[server].promised = Default::default();
         self.servers[server].stored = Default::default();
@@ -234,6 +241,7 @@ impl World {
             self.thaw(host, None);
         }
         for server in 0..self.servers.len() {
+            self.undrain(server);
             self.servers[server].extra_us = 0;
             if self.servers[server].leaving {
                 self.stop_server(server, Cut::Process, 200_000);

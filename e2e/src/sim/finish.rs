@@ -11,6 +11,14 @@ const WHOLE_US: u64 = 150_000_000;
 const READ_US: u64 = 60_000_000;
 /// Idle time after which nothing may be pending: a driver confirms within a second, marks go in batches.
 const QUIET_US: u64 = 8_000_000;
+/// The last part of it, in which nothing may be done any more.
+const IDLE_US: u64 = 3_000_000;
+/// Bound on the maps committed from the healing to the end.
+const MOST_COMMITS: u64 = 30;
+/// Bound on how often each page of each member is filled from the healing to the end.
+const MOST_FILLS: u64 = 3;
+/// Bytes of a page.
+const PAGE: u64 = 64 << 10;
 
 /// How far the end is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,14 +26,26 @@ pub(super) enum Ending {
     NotYet,
     Healing { since: u64 },
     Reading { healed: u64, since: u64, tags: Vec<u64> },
-    Quiet { healed: u64, since: u64 },
+    Quiet { healed: u64, since: u64, work: Option<Work> },
+}
+
+/// What was done so far and must come to an end when nothing more happens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Work {
+    /// Requests of drivers and of storage servers to each other.
+    pub(super) requests: u64,
+    /// Pages that one server handed to another.
+    pub(super) pages: u64,
+    /// Maps committed.
+    pub(super) commits: u64,
 }
 
 impl World {
     pub(super) fn begin_the_end(&mut self) {
         self.ending = Ending::Healing { since: self.now };
+        self.work = Work::default();
         // Somebody must use the volume, so that it can be read.
-        if !self.clients.iter().any(|c| c.wanted) {
+        if !self.deleting() && !self.clients.iter().any(|c| c.wanted) {
             self.clients[0].wanted = true;
         }
     }
@@ -35,22 +55,44 @@ impl World {
             Ending::NotYet => {}
             Ending::Healing { since } => self.until_whole(since),
             Ending::Reading { healed, since, tags } => self.until_read(healed, since, &tags),
-            Ending::Quiet { healed, since } => {
+            Ending::Quiet { healed, since, work } => {
                 // What was broken before may still be found out, and must then be mended again.
                 if self.missing().is_some() {
                     self.ending = Ending::Healing { since: healed };
                 } else if self.now - since > QUIET_US {
                     self.last_look();
+                    self.check_idle(work);
                     self.stopped = true;
+                } else if work.is_none() && self.now - since > QUIET_US - IDLE_US {
+                    self.ending = Ending::Quiet { healed, since, work: Some(self.work) };
                 }
             }
+        }
+    }
+
+    /// Bounded work: an idle volume costs nothing, and what came after the healing was in proportion.
+    fn check_idle(&mut self, before: Option<Work>) {
+        if let Some(before) = before.filter(|before| *before != self.work) {
+            let now = self.work;
+            self.fail("bounded work", format!("all is quiet, but within {IDLE_US} us {before:?} became {now:?}"));
+        }
+        let Work { pages, commits, .. } = self.work;
+        self.counters.most("most commits after the healing", commits);
+        self.counters.most("most pages filled after the healing", pages);
+        let most_pages =
+            MOST_FILLS * self.store.map().map_or(0, |map| map.members().count() as u64 * map.size / PAGE + 1);
+        if commits > MOST_COMMITS || pages > most_pages {
+            self.fail("bounded work", format!("{commits} maps and {pages} pages after all was healed"));
         }
     }
 
     fn until_whole(&mut self, since: u64) {
         let missing = self.missing();
         let Some(missing) = missing else {
-            return self.read_everything(since);
+            return match self.deleting() {
+                true => self.ending = Ending::Quiet { healed: since, since: self.now, work: None },
+                false => self.read_everything(since),
+            };
         };
         let bound = WHOLE_US + self.plan.setup.rebuild_after_ms * 1_000;
         if self.now - since > bound {
@@ -60,7 +102,13 @@ impl World {
 
     /// What is not yet as it should be.
     fn missing(&self) -> Option<String> {
+        if self.deleting() {
+            return (!self.store.gone).then(|| format!("the deleted volume is there: {:?}", self.store.object.status));
+        }
         let Some(map) = self.store.map() else { return Some("no map was ever committed".into()) };
+        if map.size < self.store.object.wishes.size {
+            return Some(format!("the volume has {} bytes and is to have more", map.size));
+        }
         if let Some(what) = self.not_whole(map) {
             return Some(what);
         }
@@ -84,7 +132,7 @@ impl World {
                 return Some(format!("group {number} of generation {} is {:?}", map.generation, group.members));
             }
         }
-        if let Some(what) = self.left_behind(map) {
+        if let Some(what) = self.left_behind(map).filter(|_| !self.store.restored) {
             return Some(what);
         }
         map.settling().then(|| format!("generation {} is still settling", map.generation))
@@ -114,7 +162,7 @@ impl World {
 
     fn read_everything(&mut self, healed: u64) {
         let client = self.reader().expect("looked for before");
-        let blocks = self.plan.setup.blocks;
+        let blocks = self.store.map().map_or(0, |map| map.size / 4096);
         let mut tags = Vec::new();
         let mut at = 0;
         while at < blocks {
@@ -128,7 +176,7 @@ impl World {
     fn until_read(&mut self, healed: u64, since: u64, tags: &[u64]) {
         let waiting = tags.iter().find(|tag| self.clients.iter().any(|c| c.device.contains_key(tag)));
         match waiting {
-            None => self.ending = Ending::Quiet { healed, since: self.now },
+            None => self.ending = Ending::Quiet { healed, since: self.now, work: None },
             Some(tag) if self.now - since > READ_US => {
                 self.fail("liveness", format!("the last read {tag:x} was not answered within a minute"));
             }
@@ -152,7 +200,7 @@ impl World {
     }
 
     fn last_look(&mut self) {
-        let Some(map) = self.store.map().cloned() else { return };
+        let Some(map) = self.store.map().cloned() else { return self.counters.count("runs to the end") };
         if let Some((oracle, what)) = self.look_at(&map, true) {
             return self.fail(oracle, format!("after all was quiet: {what}"));
         }

@@ -74,6 +74,7 @@ impl World {
     pub(super) fn send(&mut self, conn: ConnIndex, from: usize, message: Message) {
         let message = self.through_bytes(message);
         let carried = matches!(message, Message::Request(_) | Message::Reply(_));
+        self.work.requests += u64::from(matches!(message, Message::Request(_)));
         if let Some(at) = self.net.send(conn, from, self.now, message) {
             self.queue.push(at, Event::Stream { conn, from });
         }

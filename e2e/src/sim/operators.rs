@@ -7,9 +7,10 @@ use super::servers::brief;
 use super::world::{CLUSTER, World};
 use lamina_protocol::control::{ControlRequest, DriverReport};
 use lamina_protocol::ids::ServerId;
-use lamina_protocol::management::{CallId, Config, Input, Leader, Output, ServerObject, Source, Step};
+use lamina_protocol::management::{CallId, Config, Input, Leader, Output, ServerObject, Source, Step, VolumeObject};
 use lamina_protocol::time::Millis;
 use std::collections::BTreeMap;
+use std::rc::Rc;
 
 /// How often an operator renews, or tries to get, the lease.
 const LEASE_TICK_US: u64 = 700_000;
@@ -23,6 +24,8 @@ pub(super) struct OperatorHost {
     pub(super) up: bool,
     pub(super) leader: Option<Leader>,
     renewed: u64,
+    /// The number in the lease as it wrote it last.
+    lease_number: u64,
     /// One control stream to each server.
     streams: BTreeMap<ServerId, ConnIndex>,
     /// Calls not answered.
@@ -112,11 +115,16 @@ impl World {
             StoreAnswer::Leader(input) => self.leader_input(n, *input),
             StoreAnswer::LeaseUnknown => {}
             StoreAnswer::Lease { holds: true, number, object } => {
+                let before = std::mem::replace(&mut self.operators[n].lease_number, number);
+                if self.operators[n].leader.is_some() && number < before {
+                    self.counters.count("reached: a leader finds that the lease went back");
+                    return self.step_down(n);
+                }
                 self.operators[n].renewed = self.now;
                 if self.operators[n].leader.is_some() {
                     self.leader_input(n, Input::LeaseNumber(number));
                 } else {
-                    self.begin_to_lead(n, number, (*object).clone());
+                    self.begin_to_lead(n, number, object);
                 }
             }
             StoreAnswer::Lease { holds: false, .. } => {
@@ -130,7 +138,7 @@ impl World {
         }
     }
 
-    fn begin_to_lead(&mut self, n: usize, number: u64, object: lamina_protocol::management::VolumeObject) {
+    fn begin_to_lead(&mut self, n: usize, number: u64, object: Option<Rc<VolumeObject>>) {
         let mut next = (self.mint() << 32) + 1;
         self.note(|| format!("operator {n} leads (lease number {number})"));
         let ids = Box::new(move || {
@@ -144,18 +152,20 @@ impl World {
             let object = self.server_object(server);
             self.leader_input(n, Input::Server(object));
         }
-        self.leader_input(n, Input::Volume { object, source: Source::Watched });
+        if let Some(object) = object {
+            self.leader_input(n, Input::Volume { object: (*object).clone(), source: Source::Watched });
+        }
         self.leader_input(n, Input::Listed);
     }
 
-    fn server_object(&self, n: usize) -> ServerObject {
+    pub(super) fn server_object(&self, n: usize) -> ServerObject {
         ServerObject {
             id: self.servers[n].id,
             addresses: vec![format!("server-{n}:1")],
             zone: format!("zone-{n}"),
             node: format!("node-{n}"),
             schedulable: true,
-            drain: false,
+            drain: self.servers[n].draining || self.servers[n].drained,
         }
     }
 
@@ -192,8 +202,7 @@ impl World {
                 self.counters.count(&format!("write: {kind:?}"));
                 self.call_store(process, StoreCall::Write { call, guard, next: Box::new(next) });
             }
-            // No run deletes its volume.
-            Output::Release { call, .. } => self.call_store(process, StoreCall::Release { call }),
+            Output::Release { call, guard, .. } => self.call_store(process, StoreCall::Release { call, guard }),
             Output::Read { .. } => self.call_store(process, StoreCall::Read),
             Output::RaiseLeaseNumber { above } => self.call_store(process, StoreCall::RaiseLease { above }),
             Output::Passed { step, generation, .. } => self.passed(n, step, generation.0),
@@ -204,6 +213,7 @@ impl World {
             }
             Output::Conditions { conditions, .. } => {
                 self.trace(|| format!("operator {n}: {}", brief(&conditions)));
+                self.conditions_told(&conditions);
             }
             Output::Progress { .. } | Output::Server(_) | Output::Orphans { .. } => {}
         }
@@ -315,6 +325,10 @@ impl World {
             if !self.net.is_cut(Host::Driver(client), Host::Operator(operator)) {
                 let at = self.now + self.dice.within(200, 10_000);
                 self.queue.push(at, Event::Report { operator, report: Box::new(report.clone()) });
+                if self.dice.chance(1, 10) {
+                    let again = at + self.dice.within(1, 3_000_000);
+                    self.queue.push(again, Event::Report { operator, report: Box::new(report.clone()) });
+                }
             }
         }
     }

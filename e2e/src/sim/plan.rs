@@ -28,6 +28,8 @@ pub struct Setup {
     pub groups: u8,
     /// Blocks of the volume.
     pub blocks: u64,
+    /// Blocks that it may grow to.
+    pub most_blocks: u64,
     /// Bytes of a page; the chunk is 64 KiB.
     pub page_bytes: u32,
     /// Bytes of a device.
@@ -141,6 +143,20 @@ pub enum Fault {
     },
     /// The lease is taken from whoever holds it.
     LoseLease,
+    /// An old copy is put in place of what the API server keeps.
+    RestoreApi {
+        /// From how long ago, milliseconds.
+        back_ms: u64,
+        /// Resource versions go back, too.
+        versions: bool,
+    },
+    /// A person wants a server to be empty for a time.
+    Drain {
+        /// Which.
+        server: usize,
+        /// Milliseconds.
+        ms: u64,
+    },
     /// A process stands still (SIGSTOP), then goes on where it was.
     Freeze {
         /// Where.
@@ -238,6 +254,13 @@ pub enum Action {
         /// Where.
         client: usize,
     },
+    /// The volume is to be larger.
+    Grow {
+        /// So many blocks.
+        blocks: u64,
+    },
+    /// The volume is to be deleted, whoever uses it.
+    Delete,
     /// Something goes wrong.
     Fault(Fault),
 }
@@ -300,6 +323,11 @@ impl fmt::Display for Fault {
             }
             Self::Both { one, other } => write!(f, "{one}; {other}"),
             Self::LoseLease => write!(f, "the lease is taken from its holder"),
+            Self::RestoreApi { back_ms, versions } => {
+                let which = if *versions { "with its resource versions" } else { "under new resource versions" };
+                write!(f, "the API server is as it was {back_ms} ms ago, {which}")
+            }
+            Self::Drain { server, ms } => write!(f, "server {server} is to be empty for {ms} ms"),
             Self::Freeze { host, ms } => write!(f, "{host} stands still for {ms} ms"),
             Self::Cut { from, to, both, ms } => {
                 let way = if *both { "<->" } else { "->" };
@@ -340,6 +368,9 @@ impl Fault {
             Self::When { .. } => "trouble timed by a moment",
             Self::Both { .. } => "two at once",
             Self::LoseLease => "lease taken away",
+            Self::RestoreApi { versions: true, .. } => "an older API server, versions too",
+            Self::RestoreApi { versions: false, .. } => "an older API server",
+            Self::Drain { .. } => "drain of a server",
             Self::Freeze { host: Host::Server(_), .. } => "standstill of a server",
             Self::Freeze { host: Host::Driver(_), .. } => "standstill of a driver",
             Self::Freeze { .. } => "standstill of an operator",
@@ -365,6 +396,8 @@ impl fmt::Display for Action {
             Self::Attach { client, clean: true } => write!(f, "the volume is attached to client {client}, in order"),
             Self::Attach { client, clean: false } => write!(f, "the volume is attached to client {client}, by force"),
             Self::Detach { client } => write!(f, "the volume is detached from client {client}"),
+            Self::Grow { blocks } => write!(f, "the volume is to have {blocks} blocks"),
+            Self::Delete => write!(f, "the volume is to be deleted"),
             Self::Fault(fault) => write!(f, "FAULT {fault}"),
         }
     }

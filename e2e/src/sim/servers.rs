@@ -28,6 +28,10 @@ pub(super) struct ServerHost {
     pub(super) extra_us: u64,
     /// It was asked to stop and waits to be left out.
     pub(super) leaving: bool,
+    /// A person wants it empty.
+    pub(super) draining: bool,
+    /// It was to be empty and is.
+    pub(super) drained: bool,
     wake: u64,
     /// Generation of each request under way, for I1.
     pub(super) requests: BTreeMap<(ConnIndex, RequestId), Generation>,
@@ -58,6 +62,8 @@ impl World {
                 calls: BTreeMap::new(),
                 extra_us: 0,
                 leaving: false,
+                draining: false,
+                drained: false,
                 wake: 0,
                 requests: BTreeMap::new(),
                 promised: Generation(0),
@@ -103,6 +109,10 @@ impl World {
         if host.disks[disk].boot().is_some() {
             return;
         }
+        if std::mem::take(&mut host.disks[disk].returns_blank) {
+            self.counters.count("reached: a server is back with a blank disk");
+        }
+        let host = &mut self.servers[n];
         let opened = host.disks[disk].open(boot, host.id, CLUSTER);
         self.trace(|| format!("server {n} opens disk {disk} as boot {:x}", boot.0));
         self.server_input(n, Input::DeviceOpened(opened));
@@ -313,12 +323,37 @@ impl World {
         if let ControlRequest::Rejoin(rejoin) = &request {
             self.count_list(n, rejoin);
         }
+        if matches!(request, ControlRequest::Fence(_)) && self.servers[n].disks.iter().any(Disk::is_writing) {
+            self.counters.count("reached: a fence meets a write at the disk");
+        }
+        self.call_again_later(n, &request);
         let own = CallId(self.mint() as u64);
         if !matches!(request, ControlRequest::Heartbeat { .. }) {
             self.counters.count("control calls");
         }
         self.servers[n].calls.insert(own, (conn, call));
         self.server_input(n, Input::Control { call: own, request });
+    }
+
+    /// A command comes once more, behind later ones: a leader that heard no answer gave it again, and what it had sent
+    /// first came last. Nobody waits for the answer.
+    fn call_again_later(&mut self, n: usize, request: &ControlRequest) {
+        let rare = if matches!(request, ControlRequest::Heartbeat { .. }) { 1_000 } else { 40 };
+        if self.healed || !self.dice.chance(1, rare) {
+            return;
+        }
+        self.counters.count("fault: a command comes again");
+        let process = Process { host: Host::Server(n), epoch: self.servers[n].epoch };
+        let at = self.now + self.dice.within(1, 2_000_000);
+        self.queue.push(at, Event::CallAgain { process, request: Box::new(request.clone()) });
+    }
+
+    pub(super) fn called_again(&mut self, process: Process, request: ControlRequest) {
+        let Host::Server(n) = process.host else { return };
+        if self.servers[n].epoch == process.epoch && self.servers[n].machine.is_some() {
+            let call = CallId(self.mint() as u64);
+            self.server_input(n, Input::Control { call, request });
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use super::clients::ClientHost;
 use super::dice::Dice;
 use super::event::{Event, Host, Process};
 use super::faults::Timed;
-use super::finish::Ending;
+use super::finish::{Ending, Work};
 use super::net::Net;
 use super::operators::OperatorHost;
 use super::plan::{Action, Fault, Moment, Plan};
@@ -56,6 +56,8 @@ pub(super) struct World {
     /// All is healed; no step of the plan acts any more.
     pub(super) healed: bool,
     pub(super) ending: Ending,
+    /// Work so far that is bounded when all is well.
+    pub(super) work: Work,
     pub(super) stopped: bool,
     drift: BTreeMap<Host, i64>,
     minted: u128,
@@ -78,7 +80,7 @@ impl World {
             clients: (0..setup.clients).map(|_| ClientHost::default()).collect(),
             operators: (0..setup.operators).map(|_| OperatorHost::default()).collect(),
             store: Store::new(setup),
-            register: Register::new(setup.blocks, setup.multi_session, tight),
+            register: Register::new(setup.most_blocks, setup.multi_session, tight),
             checks: Checks::default(),
             counters: Counters::default(),
             frozen: BTreeMap::new(),
@@ -88,6 +90,7 @@ impl World {
             injected: Vec::new(),
             healed: false,
             ending: Ending::NotYet,
+            work: Work::default(),
             stopped: false,
             drift: BTreeMap::new(),
             minted: 0x1000,
@@ -159,6 +162,7 @@ impl World {
             Event::StoreArrive { process, call } => self.store_arrive(process, call),
             Event::StoreAnswer { process, answer } => self.store_answered(process, answer),
             Event::LeaseTick { process } => self.lease_tick(process),
+            Event::CallAgain { process, request } => self.called_again(process, *request),
             Event::Watch { process, object } => self.watched(process, &object),
             Event::ClientWatch { host, object } => self.client_watched(host, object),
             Event::Report { operator, report } => self.reported(operator, *report),
@@ -168,6 +172,9 @@ impl World {
 
     fn look_again(&mut self) {
         self.look();
+        self.check_named();
+        self.look_at_drains();
+        self.people_look();
         self.watch_the_end();
         self.queue.push(self.now + LOOK_US, Event::Look);
     }
@@ -184,6 +191,8 @@ impl World {
             Action::Ask { client, ask } => self.application_asks(client, ask),
             Action::Attach { client, clean } => self.attach(client, clean),
             Action::Detach { client } => self.detach(client, true),
+            Action::Grow { blocks } => self.grow(blocks),
+            Action::Delete => self.delete_volume(),
             Action::Fault(fault) => self.fault(&fault),
         }
     }

@@ -9,6 +9,7 @@ use lamina_protocol::management::Step as LeaderStep;
 mod copies;
 pub(super) mod crash_points;
 mod leaders;
+pub(super) mod people;
 
 const SECOND: u64 = 1_000_000;
 /// When the trouble begins: the volume is made, attached and written by then.
@@ -58,6 +59,7 @@ fn setup(dice: &mut Dice) -> Setup {
         copies: 2,
         groups,
         blocks: u64::from(groups) * 32,
+        most_blocks: u64::from(groups) * 32,
         page_bytes: super::make::PAGE_BYTES,
         capacity_bytes: 64 << 20,
         multi_session: false,

@@ -8,12 +8,13 @@ use lamina_protocol::management::Step as LeaderStep;
 pub(super) const PAGE_BYTES: u32 = 64 << 10;
 
 impl Plan {
-    /// The run of this seed: of 16 six are directed plans and four have crash points, the others are random.
+    /// The run of this seed: of 16 six are directed plans, four have crash points, two are of people, four random.
     pub fn of(seed: u64) -> Self {
         let mut dice = Dice::new(seed, 0);
         let (setup, mut steps) = match seed % 16 {
             0 | 4 | 8 | 12 | 1 | 7 => directed::plan(&mut dice),
             2 | 6 | 10 | 14 => directed::crash_points::plan(&mut dice),
+            5 | 11 => directed::people::plan(&mut dice),
             _ => at_random(&mut dice),
         };
         steps.sort_by_key(|step| step.at_us);
@@ -36,14 +37,17 @@ fn setup(dice: &mut Dice) -> Setup {
     let pages = u64::from(groups) * dice.within(1, 3);
     let roomy = !dice.chance(1, 8);
     let used = pages * u64::from(PAGE_BYTES);
-    Setup {
+    let blocks =
+        |dice: &mut Dice| pages * u64::from(PAGE_BYTES / 4096) - if dice.chance(1, 3) { dice.within(1, 8) } else { 0 };
+    let mut setup = Setup {
         servers,
         disks: 1 + dice.index(2),
         clients: 2 + dice.index(2),
         operators: if dice.chance(1, 5) { 1 } else { 2 },
         copies,
         groups,
-        blocks: pages * u64::from(PAGE_BYTES / 4096) - if dice.chance(1, 3) { dice.within(1, 8) } else { 0 },
+        blocks: blocks(dice),
+        most_blocks: 0,
         page_bytes: PAGE_BYTES,
         capacity_bytes: if roomy { 64 << 20 } else { used.max(u64::from(PAGE_BYTES) * 2) },
         multi_session: dice.chance(1, 8),
@@ -55,7 +59,9 @@ fn setup(dice: &mut Dice) -> Setup {
         kept_bytes: if dice.chance(1, 4) { 256 << 10 } else { 16 << 20 },
         flaky: [0, 0, 0, 60, 400][dice.index(5)],
         heal_at_us: dice.within(20, 60) * 1_000_000,
-    }
+    };
+    setup.most_blocks = setup.blocks;
+    setup
 }
 
 /// Few hot blocks, so that everything meets; bursts and pauses, so that idle times come too.

@@ -1,0 +1,117 @@
+//! What people do, and what is done to the API server, while something goes wrong: growth, drains, deletion, an old copy
+//! of the objects put back (R6).
+
+use super::{BEGIN, SECOND, Scene};
+use crate::sim::dice::Dice;
+use crate::sim::event::Host;
+use crate::sim::plan::{Action, Ask, Fault, Moment, Setup, Step};
+use lamina_protocol::management::Step as LeaderStep;
+
+/// A cluster and what is done with it, in any order.
+pub(in crate::sim::plan) fn plan(dice: &mut Dice) -> (Setup, Vec<Step>) {
+    let mut scene = Scene { setup: super::setup(dice), steps: Vec::new() };
+    scene.setup.servers = 3;
+    scene.setup.operators = 2;
+    scene.attach(SECOND, 0);
+    let end = scene.setup.heal_at_us - SECOND;
+    scene.asks(dice, 0, (2 * SECOND, end), 40_000, (6, 2));
+    match dice.below(8) {
+        0..=2 => scene.restored(dice),
+        3..=4 => scene.deleted(dice),
+        5..=6 => scene.drained(dice),
+        _ => scene.grown(dice),
+    }
+    (scene.setup, scene.steps)
+}
+
+impl Scene {
+    /// R6: maps are committed, then the objects are as before; the leader lives on, or another one finds them so.
+    fn restored(&mut self, dice: &mut Dice) {
+        for n in 0..3 {
+            let at_us = BEGIN + n * 8 * SECOND;
+            let server = dice.index(self.setup.servers);
+            self.minor(dice, at_us, server);
+            let later = at_us + dice.within(500_000, 4 * SECOND);
+            let restore = Fault::RestoreApi { back_ms: dice.within(300, 6_000), versions: dice.chance(1, 2) };
+            let with = match dice.below(5) {
+                0 => Fault::LoseLease,
+                1 => Fault::KillOperator { operator: dice.index(2), down_ms: dice.within(50, 4_000) },
+                2 => Fault::Freeze { host: Host::Operator(dice.index(2)), ms: dice.within(50, 5_000) },
+                3 => Fault::StopServers { servers: vec![server], power: false, down_ms: dice.within(50, 3_000) },
+                _ => Fault::Break { pick: dice.next() },
+            };
+            if dice.chance(1, 3) {
+                let moment = Moment::Leader(LeaderStep::ALL[dice.index(9)]);
+                let both = Fault::Both { one: Box::new(restore), other: Box::new(with) };
+                self.fault(
+                    at_us,
+                    Fault::When { moment, times: 1, later_us: dice.within(0, 3_000), fault: Box::new(both) },
+                );
+            } else {
+                self.fault(later, restore);
+                self.fault(later + dice.within(0, SECOND), with);
+            }
+        }
+    }
+
+    /// R14: the volume goes while servers, leaders or drivers do.
+    fn deleted(&mut self, dice: &mut Dice) {
+        let at_us = BEGIN + dice.within(0, 14 * SECOND);
+        for _ in 0..dice.within(0, 3) {
+            let server = dice.index(self.setup.servers);
+            let near = at_us + dice.within(0, 3 * SECOND) - SECOND;
+            self.minor(dice, near, server);
+            let step = [LeaderStep::CopiesDeleted, LeaderStep::Fenced, LeaderStep::Committed][dice.index(3)];
+            self.fault(near, Fault::KillLeaderAt { step, down_ms: dice.within(50, 3_000) });
+        }
+        self.act(at_us, Action::Delete);
+    }
+
+    /// Copies move away from a server, and back to it; another one fails meanwhile.
+    fn drained(&mut self, dice: &mut Dice) {
+        for n in 0..3 {
+            let at_us = BEGIN + n * 8 * SECOND;
+            let server = dice.index(self.setup.servers);
+            self.fault(at_us, Fault::Drain { server, ms: dice.within(3_000, 7_000) });
+            if dice.chance(1, 2) {
+                let other = dice.index(self.setup.servers);
+                let near = at_us + dice.within(0, SECOND);
+                self.minor(dice, near, other);
+            }
+        }
+    }
+
+    /// Larger, more than once; what is new is written as soon as it is there.
+    fn grown(&mut self, dice: &mut Dice) {
+        let chunk = 16 * u64::from(self.setup.groups);
+        let first = self.setup.blocks;
+        self.setup.most_blocks = first + 4 * chunk;
+        for n in 1..=4 {
+            let at_us = BEGIN + n * 4 * SECOND;
+            let blocks = first + n * chunk - dice.below(chunk / 2);
+            self.act(at_us, Action::Grow { blocks });
+            if dice.chance(1, 2) {
+                let server = dice.index(self.setup.servers);
+                let near = at_us + dice.within(0, 100_000) - 50_000;
+                self.minor(dice, near, server);
+            }
+            for k in 0..200 {
+                let block = first + dice.below(blocks - first);
+                let ask = if dice.chance(1, 2) { Ask::Write(block, 1) } else { Ask::Read(block, 1) };
+                self.act(at_us + k * 15_000, Action::Ask { client: 0, ask });
+            }
+        }
+    }
+
+    /// Something that one volume with two copies lives with.
+    fn minor(&mut self, dice: &mut Dice, at_us: u64, server: usize) {
+        let down_ms = dice.within(50, 2_500);
+        let fault = match dice.below(6) {
+            0..=2 => Fault::StopServers { servers: vec![server], power: dice.chance(1, 2), down_ms },
+            3 => Fault::KillDriver { client: 0, down_ms: down_ms.min(500) },
+            4 => Fault::Freeze { host: Host::Server(server), ms: down_ms },
+            _ => Fault::PowerOffClient { client: 0, down_ms: down_ms.min(900) },
+        };
+        self.fault(at_us, fault);
+    }
+}
