@@ -13,6 +13,7 @@
 //! | `disk` | the medium contract and its crashes |
 //! | `servers`, `clients`, `operators`, `api` | runtimes of the machines |
 //! | `faults`, `people` | what goes wrong, and what people do |
+//! | `explore` | every choice within a small budget |
 //! | `register`, `checks`, `finish` | oracles |
 //! | `shrink`, `words` | the shortest history that fails, and what is printed of it |
 
@@ -23,6 +24,7 @@ pub mod counters;
 mod dice;
 mod disk;
 mod event;
+pub mod explore;
 mod faults;
 mod finish;
 mod links;
@@ -42,7 +44,7 @@ pub use counters::Counters;
 pub use event::Host;
 pub use plan::Plan;
 pub use shrink::shrink;
-pub use words::{last_words, words};
+pub use words::{last_words, last_words_of, words};
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
@@ -100,10 +102,15 @@ pub fn last_panic() -> String {
 
 /// Plays a plan.
 pub fn run(plan: &Plan, tell: Tell) -> Outcome {
-    let mut world = World::new(plan.clone(), tell);
+    play(World::new(plan.clone(), tell)).0
+}
+
+/// Plays a world; how it ended, and how many choice points it had.
+fn play(mut world: World) -> (Outcome, u64) {
     let ended = catch_unwind(AssertUnwindSafe(|| world.run()));
     if ended.is_err() {
         world.fail("panic", last_panic());
     }
-    world.outcome()
+    let points = world.exploration.as_ref().map_or(0, |e| e.points);
+    (world.outcome(), points)
 }

@@ -9,6 +9,7 @@ mod directed;
 mod make;
 mod moment;
 
+pub use directed::starts::{Start, starts};
 pub use moment::Moment;
 
 /// The cluster and the volume.

@@ -1,7 +1,8 @@
 //! A failing seed in words, for a log of which only the end is shown: the shortest history found, bounded, and behind it
 //! in few lines the seed, the oracle, what it saw and how to see it again.
 
-use super::plan::Plan;
+use super::explore::{Choice, choices_in_words};
+use super::plan::{Plan, Start};
 use super::{Failure, Tell, run, shrink};
 use std::fmt::Write;
 
@@ -36,6 +37,20 @@ pub fn last_words(seed: u64, failure: &Failure) -> String {
         &mut text,
         &format!("{SIGN}: again: cargo run --profile sim -p lamina-e2e --bin simulate -- --seed {seed} --shrink"),
     );
+    text
+}
+
+/// The lines that must not be lost of a history of a search.
+pub fn last_words_of(start: &Start, choices: &[Choice], failure: &Failure) -> String {
+    let mut text = String::new();
+    let (at, choices) = (failure.at_us as f64 / 1e6, choices_in_words(choices));
+    let Failure { oracle, text: what, .. } = failure;
+    put_line(
+        &mut text,
+        &format!("{SIGN}: start {} with choices {choices} at {at:.6} s ({oracle}): {what}", start.name),
+    );
+    let again = format!("simulate -- --start {} --choices {choices}", start.name);
+    put_line(&mut text, &format!("{SIGN}: again: cargo run --profile sim -p lamina-e2e --bin {again}"));
     text
 }
 

@@ -5,6 +5,7 @@ use super::checks::Checks;
 use super::clients::ClientHost;
 use super::dice::Dice;
 use super::event::{Event, Host, Process};
+use super::explore::Exploration;
 use super::faults::Timed;
 use super::finish::{Ending, Work};
 use super::net::Net;
@@ -56,6 +57,8 @@ pub(super) struct World {
     /// All is healed; no step of the plan acts any more.
     pub(super) healed: bool,
     pub(super) ending: Ending,
+    /// What is tried at which event, in a search.
+    pub(super) exploration: Option<Exploration>,
     /// Work so far that is bounded when all is well.
     pub(super) work: Work,
     pub(super) stopped: bool,
@@ -90,6 +93,7 @@ impl World {
             injected: Vec::new(),
             healed: false,
             ending: Ending::NotYet,
+            exploration: None,
             work: Work::default(),
             stopped: false,
             drift: BTreeMap::new(),
@@ -128,7 +132,9 @@ impl World {
             let (at, event) = self.queue.pop().expect("the world always looks again");
             self.now = at;
             self.counters.count("events");
-            self.happen(event);
+            if let Some(event) = self.chosen(event) {
+                self.happen(event);
+            }
         }
     }
 

@@ -10,6 +10,7 @@ mod copies;
 pub(super) mod crash_points;
 mod leaders;
 pub(super) mod people;
+pub(super) mod starts;
 
 const SECOND: u64 = 1_000_000;
 /// When the trouble begins: the volume is made, attached and written by then.
