@@ -83,7 +83,7 @@ impl World {
             clients: (0..setup.clients).map(|_| ClientHost::default()).collect(),
             operators: (0..setup.operators).map(|_| OperatorHost::default()).collect(),
             store: Store::new(setup),
-            register: Register::new(setup.most_blocks, setup.multi_session, tight),
+            register: Register::new(setup.most_blocks.max(setup.blocks), setup.multi_session, tight),
             checks: Checks::default(),
             counters: Counters::default(),
             frozen: BTreeMap::new(),
