@@ -1,6 +1,6 @@
 # Every target is plain lines that also work typed by hand. `make help` lists them.
 SHELL := /bin/bash
-.PHONY: help demo clean-demo setup test quick unit simulate mutants bench bench-short cluster-tools fmt fuzz golden clean
+.PHONY: help demo clean-demo setup test quick unit simulate exhaustive mutants bench bench-short cluster-tools fmt fuzz golden clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -36,6 +36,9 @@ unit: ## unit and process tests of the workspace
 
 simulate: ## five minutes of fresh seeds in the deterministic simulator (SECONDS_TO_RUN=300)
 	cargo run --profile sim -p lamina-e2e --features mutants --bin simulate -- --seconds $${SECONDS_TO_RUN:-300}
+
+exhaustive: ## one trouble of each kind at each event of each start state; BUDGET=2 tries pairs (SECONDS_TO_RUN=1800)
+	cargo run --profile sim -p lamina-e2e --features mutants --bin simulate -- --exhaustive --budget $${BUDGET:-1} --seconds $${SECONDS_TO_RUN:-1800}
 
 mutants: ## deliberate protocol mistakes, one at a time: the simulator's oracles must find each (about 10 minutes)
 	cargo run --profile sim -p lamina-e2e --features mutants --bin mutants -- --threads 2
