@@ -112,6 +112,7 @@ mutants! {
     SourceOfSettleFree, "M8", "a settle takes from any Active member";
     WrongAuthority, "H12", "every Active member takes itself for authoritative";
     DeadPendingIgnored, "H12", "the end of a session settles nothing";
+    DrainBlind, "R16", "a member that is no longer needed goes although one of those that were to stay has failed";
     CopyForgotten, "R14", "a copy that leaves the map is not retired";
     SameBootAgain, "R3", "a device that failed goes on under the same boot id";
 }

@@ -336,9 +336,10 @@ impl World {
         }
         let gone = |m: &Member| m.state == MemberState::Active && group.member(m.copy).is_none();
         let left = group.in_state(MemberState::Active).count();
-        if was.members.iter().any(gone) && left < usize::from(self.plan.setup.copies) {
-            // Not a fault yet: the fence that takes a drained copy away may find that another one has failed.
-            self.counters.count("reached: a good copy was taken away when another had failed");
+        let forced = self.store.object.status.forced.iter().any(|f| group.member(f.copy).is_some());
+        if was.members.iter().any(gone) && left < usize::from(self.plan.setup.copies) && !forced {
+            let what = format!("an Active copy was taken away although {left} stay: {was:?} -> {group:?}");
+            self.fail("R16", what);
         }
         for member in &group.members {
             self.check_member(map, member, was.member(member.copy), raised);

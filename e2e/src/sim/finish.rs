@@ -153,10 +153,7 @@ impl World {
         for (_, number, group) in map.groups() {
             let open = |boot| self.servers.iter().any(|s| s.disks.iter().any(|d| d.boot() == Some(boot)));
             let active = group.in_state(MemberState::Active).filter(|m| open(m.boot)).count();
-            // A drain that was taken back when the replacement was there leaves a copy more.
-            let drained = self.counters.of("fault: drain of a server") > 0;
-            let as_wished = active == copies || (drained && active > copies);
-            if !as_wished || group.members.len() != active {
+            if active != copies || group.members.len() != active {
                 return Some(format!("group {number} of generation {} is {:?}", map.generation, group.members));
             }
         }

@@ -169,6 +169,7 @@ impl Volume {
             addresses: self.addresses(world),
             lease_over: over(self.unpromised_since, READ_LEASE_WAIT_MS),
             silent_over: over(self.silent_since, SILENT_MEMBER_MS),
+            copies: self.wanted(),
             ..Goal::default()
         }
     }
@@ -295,11 +296,13 @@ impl Volume {
         let leaving = |m: &Member| asked(m) || self.is_stalled(m, world.now);
         let drained = |m: &Member| self.is_drained(m.server, world);
         goal.leave.extend(group.members.iter().filter(|m| leaving(m)).map(|m| m.copy));
-        let wanted = self.object.wishes.policy.map_or(1, |p| usize::from(p.copies));
+        let wanted = self.wanted();
         let lasting = |m: &&Member| !drained(m);
-        if group.in_state(MemberState::Active).filter(lasting).filter(|m| !leaving(m)).count() >= wanted {
+        let good: Vec<_> = group.in_state(MemberState::Active).filter(lasting).filter(|m| !leaving(m)).collect();
+        if good.len() >= wanted {
             let surplus = group.members.iter().filter(|m| m.state != MemberState::Active || drained(m));
             goal.remove.extend(surplus.map(|m| m.copy));
+            goal.remove.extend(beyond(good, wanted, world));
             return;
         }
         // Who leaves for a while is not replaced at once.
@@ -322,6 +325,11 @@ impl Volume {
         if there < wanted {
             self.add_replacement(map, place, group, goal, world);
         }
+    }
+
+    /// Copies that each group is to have. Whoever does not know takes none away.
+    fn wanted(&self) -> usize {
+        self.object.wishes.policy.map_or(usize::MAX, |p| usize::from(p.copies))
     }
 
     fn add_replacement(
@@ -491,6 +499,23 @@ impl Volume {
     pub(super) fn policy(&self) -> Option<&Policy> {
         self.object.wishes.policy.as_ref()
     }
+}
+
+/// The members beyond the wanted number: first those that share their zone with another, then the newest (R16).
+fn beyond(mut good: Vec<&Member>, wanted: usize, world: &World<'_>) -> Vec<CopyId> {
+    let zone = |m: &Member| {
+        let zone = world.servers.of(m.server).and_then(|s| s.object.as_ref()).map(|object| object.zone.clone());
+        zone.filter(|zone| !zone.is_empty())
+    };
+    let mut surplus = Vec::new();
+    while good.len() > wanted {
+        // A member that comes into a group is put behind the others.
+        let shares =
+            |m: &&Member| zone(m).is_some_and(|own| good.iter().filter(|o| zone(o).as_ref() == Some(&own)).count() > 1);
+        let worst = good.iter().rposition(shares).unwrap_or(good.len() - 1);
+        surplus.push(good.remove(worst).copy);
+    }
+    surplus
 }
 
 fn blank_report() -> CopyReport {

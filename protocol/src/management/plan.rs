@@ -31,8 +31,10 @@ pub struct Goal {
     pub rejoin: BTreeSet<CopyId>,
     /// New copies to become `Syncing`.
     pub add: Vec<NewCopy>,
-    /// Members to be taken out.
+    /// Members to be taken out; `Active` ones only from a group that keeps so many as [`Goal::copies`] says (R16).
     pub remove: BTreeSet<CopyId>,
+    /// Copies that each group is to have.
+    pub copies: usize,
     /// Where servers listen now.
     pub addresses: BTreeMap<ServerId, Vec<String>>,
     /// The members flush before they answer this fence (H11b): sessions may end, settles too, members become `Active`.
@@ -257,6 +259,17 @@ fn keeps_an_active(old: &VolumeMap, new: &VolumeMap, answers: &BTreeMap<ServerId
     })
 }
 
+/// What a group allows its members, by the answers of the others.
+#[derive(Clone, Copy)]
+struct May {
+    /// No loss is raised and no settle runs.
+    calm: bool,
+    /// Another member stays `Active`: one may become `Failed` although it answers, what is not `Active` may be taken out.
+    leave: bool,
+    /// As many stay `Active` as are wanted: an `Active` one may be taken out.
+    go: bool,
+}
+
 struct Plan<'a> {
     goal: &'a Goal,
     answers: &'a BTreeMap<ServerId, Answer>,
@@ -293,9 +306,9 @@ impl<'a> Plan<'a> {
         let calm = !raised && !matches!(old.settle, Settle::Running { .. });
         let stays = |m: &&Member| !self.goal.leave.contains(&m.copy) && !self.goal.remove.contains(&m.copy);
         let others = old.in_state(MemberState::Active).filter(|m| matches!(seen(self.answers, m), Seen::Same(_)));
-        let may_leave = calm && others.filter(stays).count() > 0;
-        let mut members: Vec<_> =
-            old.members.iter().filter_map(|m| self.next_member(m, raised, calm, may_leave)).collect();
+        let good = others.filter(stays).count();
+        let may = May { calm, leave: calm && good > 0, go: self.may_go(calm, good) };
+        let mut members: Vec<_> = old.members.iter().filter_map(|m| self.next_member(m, raised, may)).collect();
         if calm {
             let added = self.goal.add.iter().filter(|new| (new.placement, new.group) == (placement, group));
             added.for_each(|new| self.add(&mut members, old, new));
@@ -321,13 +334,21 @@ impl<'a> Plan<'a> {
         Some(Group { members: vec![member], loss: generation, settle })
     }
 
-    fn next_member(&self, m: &Member, raised: bool, calm: bool, may_leave: bool) -> Option<Member> {
+    /// R16: whether an `Active` member may be taken out, with so many others that stay `Active`.
+    fn may_go(&self, calm: bool, good: usize) -> bool {
+        let enough = if on(Mutant::DrainBlind) { 1 } else { self.goal.copies.max(1) };
+        calm && good >= enough
+    }
+
+    fn next_member(&self, m: &Member, raised: bool, may: May) -> Option<Member> {
         let seen = seen(self.answers, m);
         let silent = seen == Seen::Silent;
-        if may_leave && self.goal.remove.contains(&m.copy) && !self.is_unpromised(m, silent) {
+        let may_go = if m.state == MemberState::Active { may.go } else { may.leave };
+        if may_go && self.goal.remove.contains(&m.copy) && !self.is_unpromised(m, silent) {
             return None;
         }
-        let leaves = may_leave && self.goal.leave.contains(&m.copy);
+        let calm = may.calm;
+        let leaves = may.leave && self.goal.leave.contains(&m.copy);
         let filled = |r: &CopyReport| calm && self.goal.flushed && (r.unsynced == 0 || on(Mutant::UnsyncedActive));
         let (state, boot) = match (m.state, seen) {
             (MemberState::Active | MemberState::Syncing, Seen::Same(_)) if leaves => (MemberState::Failed, m.boot),

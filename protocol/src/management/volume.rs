@@ -21,6 +21,8 @@ use std::collections::{BTreeMap, BTreeSet};
 const REWRITE_MS: u64 = 500;
 /// A member that a driver got no progress out of stays out for so long, milliseconds.
 const STALLED_OUT_MS: u64 = 30_000;
+/// A newer state of the object with an older status is a leader's own write still on its way for so long, milliseconds.
+const OLDER_MS: u64 = 2_000;
 /// While a settle runs its servers are asked this often, milliseconds.
 const HURRY_MS: u64 = 100;
 
@@ -124,6 +126,9 @@ pub(super) struct Volume {
     watched_meanwhile: Option<VolumeObject>,
     /// A watch brought a state older than the one known: it was late, or the API server has gone back (R6).
     to_read: bool,
+    /// Since when the newest state that a watch brought has an older status than the one known: what this leader wrote is
+    /// not in it yet, or the API server has gone back under new versions (R6).
+    older_since: Option<Millis>,
     pub(super) change: Option<Change>,
     pub(super) write: Option<Write>,
     pub(super) release: Option<CallId>,
@@ -182,6 +187,7 @@ impl Volume {
             reading: false,
             watched_meanwhile: None,
             to_read: false,
+            older_since: None,
             change: None,
             write: None,
             release: None,
@@ -248,6 +254,7 @@ impl Volume {
             self.watched_meanwhile = Some(object.clone());
         }
         let older = rank(&object.status) < rank(self.status());
+        self.older_since = if older { self.older_since.or(Some(now)) } else { None };
         if older || self.reading || self.write.is_some() || self.change.is_some() {
             self.object = VolumeObject { status: std::mem::take(&mut self.object.status), ..object };
             return;
@@ -268,7 +275,7 @@ impl Volume {
         let went_back = object.version < self.object.version || rank(&object.status) < rank(self.status());
         self.object = object;
         self.found(now);
-        self.reading = false;
+        (self.reading, self.older_since) = (false, None);
         self.doubt_what_was_read(went_back);
     }
 
@@ -306,7 +313,7 @@ impl Volume {
     /// Reads the object anew, past every cache.
     pub(super) fn read(&mut self, world: &mut World<'_>) {
         self.reading = true;
-        self.to_read = false;
+        (self.to_read, self.older_since) = (false, None);
         self.watched_meanwhile = None;
         self.change = None;
         self.write = None;
@@ -412,6 +419,7 @@ impl Volume {
         if self.released {
             return;
         }
+        self.wait_for_own_status(world);
         if self.to_read && !self.reading && self.is_at_rest() {
             self.read(world);
         }
@@ -431,6 +439,16 @@ impl Volume {
             self.serve(world);
         }
         self.show(world);
+    }
+
+    /// The watch brought an older status under a newer version: what follows it tells whether that was late.
+    fn wait_for_own_status(&mut self, world: &mut World<'_>) {
+        let Some(since) = self.older_since else { return };
+        if world.now.since(since) >= OLDER_MS {
+            (self.to_read, self.older_since) = (true, None);
+        } else {
+            world.wake_at(since.after(OLDER_MS));
+        }
     }
 
     /// Nothing of this leader's own is under way.

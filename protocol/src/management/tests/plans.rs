@@ -99,6 +99,24 @@ fn h2_a_syncing_member_that_restarted_becomes_failed() {
     assert_eq!(states(&next(&map, &goal(&map), &restarted)), [Active, Active, Failed]);
 }
 
+/// Found by the simulator: a drained copy went under the very fence that found another one restarted.
+#[test]
+fn r16_a_member_is_taken_out_only_if_as_many_as_are_wanted_stay_active() {
+    let map = old();
+    let copies: Vec<_> = map.members().map(|m| m.copy).collect();
+    let drained = Goal { remove: [copies[0]].into(), copies: 2, ..goal(&map) };
+    let stays = |goal: &Goal, restarted: &[CopyId]| {
+        let answers = answers(&map, |r| r.boot.0 += u128::from(restarted.contains(&r.copy)));
+        next(&map, goal, &answers).members().map(|m| (m.copy, m.state)).collect::<Vec<_>>()
+    };
+    assert_eq!(stays(&drained, &[]), [(copies[1], Active), (copies[2], Active)]);
+    let kept = [(copies[0], Active), (copies[1], Failed), (copies[2], Active)];
+    assert_eq!(stays(&drained, &copies[1..2]), kept);
+    let two = Goal { remove: copies[..2].iter().copied().collect(), ..drained.clone() };
+    assert_eq!(stays(&two, &[]).len(), 3, "one is not enough");
+    assert_eq!(stays(&Goal { copies: 1, ..two }, &[]), [(copies[2], Active)]);
+}
+
 #[test]
 fn m1_m3_a_settle_is_over_only_when_every_serving_member_settled_for_its_very_name() {
     let mut map = old();

@@ -32,6 +32,34 @@ fn gone_back() -> (Fake, Generation) {
     (fake, newest)
 }
 
+/// Found by the simulator: nothing else tells a leader at rest.
+#[test]
+fn r6_an_older_status_under_a_newer_version_is_noticed_by_a_leader_at_rest() {
+    let (mut fake, old) = gone_on();
+    let newest = fake.map().generation;
+    let now = fake.object.clone().unwrap();
+    let back = VolumeObject { version: now.version + 1, status: old.status, ..now };
+    fake.object = Some(back.clone());
+    watched(&mut fake, &back);
+    fake.run(5_000);
+    assert_eq!(fake.condition(ConditionKind::Diverged).reason, Reason::NewerMapFound);
+    fake.wish(|wishes| wishes.adopt = Some(newest));
+    fake.run(10_000);
+    assert!(fake.map().generation > newest);
+}
+
+#[test]
+fn a_newer_wish_with_a_status_from_before_the_leaders_own_write_costs_no_read_if_that_follows() {
+    let (mut fake, old) = gone_on();
+    let reads = fake.reads;
+    let now = fake.object.clone().unwrap();
+    watched(&mut fake, &VolumeObject { version: now.version + 1, status: old.status, ..now.clone() });
+    fake.run(1_000);
+    watched(&mut fake, &VolumeObject { version: now.version + 2, ..now });
+    fake.run(60_000);
+    assert_eq!(fake.reads, reads);
+}
+
 fn wish_for_session_1(wishes: &mut Wishes) {
     wishes.sessions = vec![SessionWish { id: SessionId(1), node: "n1".to_string(), mode: AccessMode::ReadWrite }];
 }

@@ -87,6 +87,48 @@ fn a_drained_server_loses_its_copies_only_after_others_are_filled() {
 }
 
 #[test]
+fn r16_a_drain_taken_back_leaves_no_copy_too_many_and_the_newest_goes() {
+    let mut fake = Fake::with_volume(3, 2, 1);
+    fake.server(3).fills = false;
+    fake.input(Input::Server(drained(1)));
+    fake.run(10_000);
+    assert_eq!(fake.group(0), "1A 2A 3S");
+    let back = ServerObject { drain: false, ..drained(1) };
+    fake.server(3).fills = true;
+    fake.input(Input::Server(back));
+    fake.run(10_000);
+    assert_eq!(fake.group(0), "1A 2A");
+    assert!(fake.server(3).copies.is_empty());
+}
+
+/// Found by the simulator: the copy was filled, was there, and nobody took it away.
+#[test]
+fn r16_members_beyond_the_wanted_number_go_first_where_two_share_a_zone() {
+    let mut fake = Fake::with_volume(3, 3, 1);
+    for (server, zone) in [(1, "a"), (2, "a"), (3, "b")] {
+        fake.input(Input::Server(ServerObject { zone: zone.to_string(), drain: false, ..drained(server) }));
+    }
+    fake.wish(|wishes| wishes.policy.as_mut().unwrap().copies = 2);
+    fake.run(5_000);
+    assert_eq!(fake.group(0), "1A 3A");
+    assert!(fake.server(2).copies.is_empty() && fake.status().retired.is_empty());
+}
+
+#[test]
+fn r16_without_a_known_policy_nothing_is_taken_away() {
+    let mut fake = Fake::with_volume(3, 2, 1);
+    fake.server(2).up = false;
+    fake.run(5_000);
+    fake.wish(|wishes| wishes.policy = None);
+    fake.input(Input::Server(drained(1)));
+    fake.run(120_000);
+    assert_eq!(fake.group(0), "1A 2F");
+    fake.server(2).restart();
+    fake.run(10_000);
+    assert_eq!(fake.group(0), "1A 2A");
+}
+
+#[test]
 fn a_drain_without_room_elsewhere_is_vetoed_with_volume_and_reason() {
     let mut fake = Fake::with_volume(2, 2, 1);
     fake.input(Input::Server(drained(1)));

@@ -32,8 +32,7 @@ impl Scene {
             let server = dice.index(self.setup.servers);
             self.minor(dice, at_us, server);
             let later = at_us + dice.within(500_000, 4 * SECOND);
-            // Not yet under new resource versions: a leader at rest does not see that its object went back so.
-            let restore = Fault::RestoreApi { back_ms: dice.within(300, 6_000), versions: true };
+            let restore = Fault::RestoreApi { back_ms: dice.within(300, 6_000), versions: dice.chance(1, 2) };
             let with = match dice.below(5) {
                 0 => Fault::LoseLease,
                 1 => Fault::KillOperator { operator: dice.index(2), down_ms: dice.within(50, 4_000) },
@@ -74,12 +73,23 @@ impl Scene {
             let at_us = BEGIN + n * 8 * SECOND;
             let server = dice.index(self.setup.servers);
             self.fault(at_us, Fault::Drain { server, ms: dice.within(3_000, 7_000) });
-            if dice.chance(1, 2) {
+            if dice.chance(1, 3) {
                 let other = dice.index(self.setup.servers);
                 let near = at_us + dice.within(0, SECOND);
                 self.minor(dice, near, other);
+            } else {
+                self.restarted_under(dice, at_us, server);
             }
         }
+    }
+
+    /// R16: another server restarts under one of the changes that move what lies on this one.
+    fn restarted_under(&mut self, dice: &mut Dice, at_us: u64, server: usize) {
+        let other = (server + 1 + dice.index(self.setup.servers - 1)) % self.setup.servers;
+        let stop = Fault::StopServers { servers: vec![other], power: dice.chance(1, 2), down_ms: dice.within(1, 60) };
+        let moment = Moment::Leader([LeaderStep::Intended, LeaderStep::CopiesPut][dice.index(2)]);
+        let (times, later_us) = (dice.within(1, 4) as u32, dice.within(0, 500));
+        self.fault(at_us, Fault::When { moment, times, later_us, fault: Box::new(stop) });
     }
 
     /// Larger, more than once; what is new is written as soon as it is there.
