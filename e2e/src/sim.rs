@@ -29,6 +29,7 @@ mod faults;
 mod finish;
 mod links;
 mod net;
+mod nodes;
 mod operators;
 mod people;
 pub mod plan;

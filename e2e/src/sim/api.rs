@@ -31,6 +31,8 @@ pub(super) struct Store {
     pub(super) restored: bool,
     /// A leader says that a person must say which map counts.
     pub(super) diverged: bool,
+    /// Since when a group has waited for a server that is down.
+    pub(super) waits_since: Option<u64>,
     /// The object is no more.
     pub(super) gone: bool,
     /// Every map ever committed.
@@ -77,6 +79,7 @@ impl Store {
             backups: Vec::new(),
             restored: false,
             diverged: false,
+            waits_since: None,
             gone: false,
             maps: BTreeMap::new(),
             next_watch: BTreeMap::new(),
@@ -114,6 +117,15 @@ impl World {
         let wish = SessionWish { id, node: format!("client-{client}"), mode: AccessMode::ReadWrite };
         self.wish(|wishes| wishes.sessions.push(wish));
         self.note(|| format!("session {:x} of client {client} is wished for", id.0));
+        id
+    }
+
+    /// A new wish of a client's node in the place of one.
+    pub(super) fn wish_instead(&mut self, client: usize, old: SessionId) -> SessionId {
+        self.store.sessions += 1;
+        let id = SessionId(0xa00 + self.store.sessions);
+        self.note(|| format!("session {:x} of client {client} takes the place of {:x}", id.0, old.0));
+        self.wish(|wishes| wishes.sessions.iter_mut().filter(|wish| wish.id == old).for_each(|wish| wish.id = id));
         id
     }
 

@@ -26,6 +26,8 @@ pub(super) struct Checks {
     served: BTreeMap<(usize, u32), Generation>,
     /// Places of writes under way there.
     writes: BTreeMap<(ConnIndex, RequestId), Place>,
+    /// Copies on disks that were replaced, with what their server had promised then.
+    pub(super) taken: Vec<(CopyId, Generation)>,
 }
 
 impl World {
@@ -250,7 +252,12 @@ impl World {
         if self.is_adopted(&map) {
             return;
         }
+        if self.is_robbed(&map) {
+            return;
+        }
         self.check_lineage(before.generation);
+        self.check_nodes(before.map.as_ref(), &map);
+        self.forced_now(&map);
         self.work.commits += 1;
         self.note(|| format!("COMMIT {}", words(&map, status.proposed.is_some())));
         self.counters.count("commits");
@@ -336,13 +343,15 @@ impl World {
         }
         let gone = |m: &Member| m.state == MemberState::Active && group.member(m.copy).is_none();
         let left = group.in_state(MemberState::Active).count();
-        let forced = self.store.object.status.forced.iter().any(|f| group.member(f.copy).is_some());
+        let forced = self.is_forced(map, group);
         if was.members.iter().any(gone) && left < usize::from(self.plan.setup.copies) && !forced {
             let what = format!("an Active copy was taken away although {left} stay: {was:?} -> {group:?}");
             self.fail("R16", what);
         }
         for member in &group.members {
-            self.check_member(map, member, was.member(member.copy), raised);
+            // What a person forces is `Active` whatever it was.
+            let before = if forced { Some(member) } else { was.member(member.copy) };
+            self.check_member(map, member, before, raised);
         }
     }
 

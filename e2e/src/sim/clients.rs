@@ -135,7 +135,7 @@ impl World {
         } else if attached.lost || attached.dead || state == Some(SessionState::Ended) {
             if !host.off {
                 self.counters.count("reached: a session was replaced");
-                self.release(client);
+                if !frozen && self.dice.chance(1, 2) { self.replace_session(client) } else { self.release(client) }
             }
         } else if !attached.staged && !host.off && !frozen && state == Some(SessionState::Admitted) {
             self.stage(client, Start::Fresh);
@@ -143,7 +143,7 @@ impl World {
     }
 
     /// Nothing of the session is left on the host.
-    fn unstage(&mut self, client: usize) {
+    pub(super) fn unstage(&mut self, client: usize) {
         for epoch in self.clients[client].processes.keys().copied().collect::<Vec<_>>() {
             self.end_process(client, epoch, Leaving::Closed);
         }
@@ -327,7 +327,7 @@ impl World {
     fn meets_another_session(&self, client: usize, ask: Ask) -> bool {
         let range = |ask: Ask| match ask {
             Ask::Read(block, count) | Ask::Write(block, count) | Ask::Discard(block, count) => block..block + count,
-            Ask::Flush => 0..0,
+            Ask::Flush | Ask::Blank => 0..0,
         };
         let writes = |ask: Ask| matches!(ask, Ask::Write(..) | Ask::Discard(..));
         let own = range(ask);
@@ -364,6 +364,7 @@ impl World {
             Ask::Write(block, _) => Op::Write { address: block * BLOCK, data: stamp::content(stamps.iter().copied()) },
             Ask::Discard(block, count) => Op::Discard { address: block * BLOCK, length: count * BLOCK },
             Ask::Flush => Op::Flush,
+            Ask::Blank => Op::AskWritten,
         };
         self.note(|| {
             format!(
@@ -409,6 +410,7 @@ impl World {
                 let verdict = self.register.read(tag, &stamps);
                 self.judge(verdict);
             }
+            (Ok(data), Ask::Blank) => self.found_blank(tag, &data),
             (Ok(_), ask) => {
                 self.check_applied(generation, ask, &request.op);
                 self.register.done(tag);

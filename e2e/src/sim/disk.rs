@@ -137,6 +137,8 @@ pub(super) struct Disk {
     pub(super) failing: Option<Failing>,
     /// It was put in place of a used one and was not opened yet.
     pub(super) returns_blank: bool,
+    /// It was replaced and is there again: who was sure that its copies are gone forgot them.
+    pub(super) was_away: bool,
     /// Every stamp that a write put into a copy, for I1.
     pub(super) written: std::collections::BTreeSet<(CopyId, u64)>,
     /// A page was called synced whose filled blocks a crash would make stale again (H11c).
@@ -167,6 +169,7 @@ impl Disk {
             opening: None,
             failing: None,
             returns_blank: false,
+            was_away: false,
             written: Default::default(),
             synced_early: None,
         }

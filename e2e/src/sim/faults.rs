@@ -5,7 +5,7 @@ use super::event::{Event, Host};
 use super::plan::{DiskFault, Fault, Moment};
 use super::world::World;
 use lamina_protocol::ids::DeviceId;
-use lamina_protocol::map::MemberState;
+use lamina_protocol::map::{Member, MemberState, VolumeMap};
 use lamina_protocol::storage_server;
 
 /// Trouble that waits for a moment.
@@ -73,6 +73,7 @@ impl World {
                 return self.servers[*server].disks[*disk].rot(*pick);
             }
             Fault::BlankDisk { server, disk, down_ms } => return self.blank_disk(*server, *disk, down_ms * 1_000),
+            Fault::OldDisk { server, down_ms } => return self.old_disk(*server, down_ms * 1_000),
             Fault::SlowDisk { server, extra_us, ms } => {
                 self.servers[*server].extra_us = *extra_us;
                 self.queue.push(self.now + ms * 1_000, Event::Heal(n));
@@ -199,8 +200,8 @@ impl World {
         }
     }
 
-    /// Only where every group with a copy there has another `Active` copy that serves: the last one is not taken away. Nor
-    /// under a change whose fence was answered from this disk: its commit may leave the other ones out.
+    /// Only where every group with a copy there has another `Active` copy that serves: the last one is not taken away. A
+    /// commit under way may make it so all the same ([`World::is_robbed`]).
     fn blank_disk(&mut self, server: usize, disk: usize, down_us: u64) -> bool {
         let Some(map) = self.store.map() else { return false };
         let here = |copy| self.servers[server].disks[disk].has_copy(copy);
@@ -211,16 +212,44 @@ impl World {
             .filter(|(_, _, g)| g.members.iter().any(|m| here(m.copy)))
             .all(|(_, _, group)| group.in_state(MemberState::Active).any(|m| !here(m.copy) && open(m.boot)));
         let used = self.servers[server].disks[disk].copies().next().is_some();
-        let changing = self.store.object.status.proposed.is_some();
-        if changing || !spared || !used || self.servers[server].machine.is_none() {
+        if !spared || !used || self.servers[server].machine.is_none() {
             return false;
         }
         self.stop_server(server, Cut::Power, down_us);
         let mut blank = Disk::blank(DeviceId(self.mint()), self.plan.setup.capacity_bytes);
         blank.returns_blank = true;
-        self.servers[server].disks[disk] = blank;
+        let old = std::mem::replace(&mut self.servers[server].disks[disk], blank);
+        let promised = self.servers[server].promised;
+        self.checks.taken.extend(old.copies().map(|copy| (copy.copy, promised)));
+        self.servers[server].set_aside.push(old);
         self.servers[server].promised = Default::default();
         self.servers[server].stored = Default::default();
+        true
+    }
+
+    /// The disk of the only copy that this map keeps `Active` went after its server had answered the fence: nobody could
+    /// know, nothing can be demanded any more, and the run is over.
+    pub(super) fn is_robbed(&mut self, map: &VolumeMap) -> bool {
+        let gone = |m: &Member| {
+            self.checks.taken.iter().any(|(copy, promised)| *copy == m.copy && *promised >= map.generation)
+        };
+        let robbed = map.groups().any(|(_, _, group)| group.in_state(MemberState::Active).all(gone));
+        if robbed {
+            self.note(|| "the disk of the last Active copy went between its promise and this commit".into());
+            self.counters.count("runs that end: the last disk went under a commit");
+            self.stopped = true;
+        }
+        robbed
+    }
+
+    /// What was replaced is there again, as it was: what lies on it may be in no map any more.
+    fn old_disk(&mut self, server: usize, down_us: u64) -> bool {
+        let Some(mut old) = self.servers[server].set_aside.pop() else { return false };
+        self.stop_server(server, Cut::Power, down_us);
+        self.checks.taken.retain(|(copy, _)| !old.has_copy(*copy));
+        old.was_away = true;
+        self.servers[server].disks.push(old);
+        self.counters.count("reached: a disk that was replaced is back");
         true
     }
 

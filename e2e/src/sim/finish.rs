@@ -166,9 +166,10 @@ impl World {
     /// R14: no copy lies where nobody knows of it, and what is retired goes.
     fn left_behind(&self, map: &VolumeMap) -> Option<String> {
         let disks = self.servers.iter().enumerate().flat_map(|(n, s)| s.disks.iter().map(move |d| (n, d)));
-        let lies = disks.flat_map(|(n, d)| d.copies().map(move |c| (n, c.copy)));
-        let mut stray = lies.filter(|(_, copy)| map.place_of(*copy).is_none());
         let retired = |copy| self.store.object.status.retired.iter().any(|r| r.copy == copy);
+        let known = |disk: &super::disk::Disk, copy| !disk.was_away || retired(copy);
+        let lies = disks.flat_map(|(n, d)| d.copies().filter(move |c| known(d, c.copy)).map(move |c| (n, c.copy)));
+        let mut stray = lies.filter(|(_, copy)| map.place_of(*copy).is_none());
         let words = |retired| if retired { "it is retired" } else { "it was forgotten" };
         stray
             .next()

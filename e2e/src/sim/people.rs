@@ -6,7 +6,9 @@
 use super::event::{Event, Process};
 use super::world::{VOLUME, World};
 use lamina_protocol::ids::{CopyId, Generation};
-use lamina_protocol::management::{Condition, ConditionKind, Input, Reason, VolumeObject};
+use lamina_protocol::management::{Condition, ConditionKind, Force, Input, Reason, VolumeObject};
+use lamina_protocol::map::{Group, Member, MemberState, VolumeMap};
+use std::collections::BTreeSet;
 use std::rc::Rc;
 
 /// The API server as it was at one time.
@@ -85,6 +87,8 @@ impl World {
 
     /// What a person says when asked.
     pub(super) fn people_look(&mut self) {
+        self.person_forces();
+        self.person_deletes_kept();
         if !self.store.diverged || self.store.gone {
             return;
         }
@@ -94,6 +98,83 @@ impl World {
             self.counters.count("reached: a person adopts a map");
             self.note(|| format!("a person adopts generation {highest}"));
             self.wish(|wishes| wishes.adopt = Some(highest));
+        }
+    }
+
+    // ---- a copy that is behind is forced (I8) ----
+
+    /// A person goes on with copies that are behind when all up-to-date ones of a group are down for long, and stops the
+    /// nodes that use the volume.
+    fn person_forces(&mut self) {
+        let after_us = self.plan.setup.force_after_ms * 1_000;
+        let free = self.store.gone || self.deleting() || self.store.restored || self.healed || after_us == 0;
+        let Some(copies) = self.waiting_groups().filter(|_| !free) else {
+            self.store.waits_since = None;
+            return;
+        };
+        let since = *self.store.waits_since.get_or_insert(self.now);
+        let generation = self.store.object.status.generation;
+        let said = self.store.object.wishes.force.as_ref().is_some_and(|force| force.generation == generation);
+        if said || self.now - since < after_us {
+            return;
+        }
+        for client in 0..self.clients.len() {
+            self.power_off_client(client, 1_000_000);
+        }
+        self.counters.count("reached: a person forces a copy");
+        self.note(|| format!("a person forces {copies:?} for generation {generation}"));
+        self.wish(|wishes| wishes.force = Some(Force { generation, copies }));
+    }
+
+    /// A copy that is behind for each group whose `Active` members are all down; `None` = no such group, or a group has
+    /// nothing at all.
+    fn waiting_groups(&self) -> Option<BTreeSet<CopyId>> {
+        let map = self.store.map()?;
+        let server = |m: &Member| self.servers.iter().find(|s| s.id == m.server);
+        let up = |m: &Member| server(m).is_some_and(|s| s.machine.is_some());
+        let there = |m: &&Member| {
+            up(m) && server(m).is_some_and(|s| s.disks.iter().any(|d| d.boot().is_some() && d.has_copy(m.copy)))
+        };
+        let waits = |group: &&Group| !group.in_state(MemberState::Active).any(up);
+        let waiting: Vec<&Group> = map.groups().map(|(_, _, group)| group).filter(waits).collect();
+        let chosen: Option<BTreeSet<_>> =
+            waiting.iter().map(|g| g.members.iter().find(there).map(|m| m.copy)).collect();
+        chosen.filter(|copies| !copies.is_empty())
+    }
+
+    /// When all is well again nobody needs what was kept beside a forced copy.
+    fn person_deletes_kept(&mut self) {
+        let retired = &self.store.object.status.retired;
+        let kept: Vec<CopyId> = retired.iter().filter(|r| r.kept).map(|r| r.copy).collect();
+        let told = &self.store.object.wishes.delete_kept;
+        if self.healed && !self.store.gone && kept.iter().any(|copy| !told.contains(copy)) {
+            self.wish(|wishes| wishes.delete_kept.extend(kept));
+        }
+    }
+
+    /// Whether this very map forced a copy of this group.
+    pub(super) fn is_forced(&self, map: &VolumeMap, group: &Group) -> bool {
+        let forced = &self.store.object.status.forced;
+        forced.iter().any(|f| f.generation == map.generation && group.member(f.copy).is_some())
+    }
+
+    /// I8: what a forced group held may go back; its copy was named by a person, for the generation before.
+    pub(super) fn forced_now(&mut self, map: &VolumeMap) {
+        let groups: Vec<u32> =
+            map.groups().filter(|(_, _, group)| self.is_forced(map, group)).map(|(_, number, _)| number).collect();
+        let geometry = map.geometry(map.top());
+        for number in groups {
+            self.counters.count("reached: a copy was forced");
+            let pages =
+                (0..geometry.pages(number)).flat_map(|page| (0..geometry.page_blocks()).map(move |b| (page, b)));
+            let address = |(page, block): (u64, u32)| geometry.address_of(number, page, block * 4096) / 4096;
+            self.register.forced(pages.map(address));
+        }
+        let named = |copy| self.store.object.wishes.force.as_ref().is_some_and(|force| force.copies.contains(&copy));
+        let forced = &self.store.object.status.forced;
+        let unnamed = forced.iter().find(|f| f.generation == map.generation && !named(f.copy)).copied();
+        if let Some(forced) = unnamed {
+            self.fail("I8", format!("nobody named {forced:?}"));
         }
     }
 
@@ -151,9 +232,10 @@ impl World {
         }
     }
 
-    /// Every copy on every disk, open or not.
+    /// Every copy on every disk, open or not, but for those that are orphans: their disk was away for good.
     fn lying(&self) -> Vec<(usize, CopyId)> {
         let disks = self.servers.iter().enumerate().flat_map(|(n, s)| s.disks.iter().map(move |d| (n, d)));
+        let disks = disks.filter(|(_, d)| !d.was_away);
         disks.flat_map(|(n, d)| d.copies().map(move |c| (n, c.copy))).collect()
     }
 
@@ -176,7 +258,7 @@ impl World {
     pub(super) fn look_at_drains(&mut self) {
         for n in 0..self.servers.len() {
             let host = &self.servers[n];
-            if host.draining && host.disks.iter().all(|d| d.copies().next().is_none()) {
+            if host.draining && host.disks.iter().all(|d| d.was_away || d.copies().next().is_none()) {
                 self.counters.count("reached: a drained server is empty");
                 self.servers[n].draining = false;
                 self.servers[n].drained = true;

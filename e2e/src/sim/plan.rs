@@ -51,6 +51,8 @@ pub struct Setup {
     pub kept_bytes: u64,
     /// One frame in so many breaks its connection; 0 = none does.
     pub flaky: u64,
+    /// A person forces a copy that is behind when a group has waited for so long, milliseconds; 0 = never.
+    pub force_after_ms: u64,
     /// When the faults end and all is healed, microseconds.
     pub heal_at_us: u64,
 }
@@ -66,6 +68,8 @@ pub enum Ask {
     Discard(u64, u64),
     /// Flush.
     Flush,
+    /// Whether any block was ever written: what a node asks before it makes a filesystem.
+    Blank,
 }
 
 /// Which operation of a disk fails.
@@ -208,6 +212,13 @@ pub enum Fault {
         /// Milliseconds.
         down_ms: u64,
     },
+    /// A disk that was replaced is put into its server again, beside the others.
+    OldDisk {
+        /// Of this server.
+        server: usize,
+        /// Milliseconds.
+        down_ms: u64,
+    },
     /// A disk is slow.
     SlowDisk {
         /// Of this server.
@@ -289,6 +300,7 @@ pub struct Plan {
 impl fmt::Display for Ask {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Blank => write!(f, "asks whether all is blank"),
             Self::Read(block, count) => write!(f, "reads {count} blocks at {block}"),
             Self::Write(block, count) => write!(f, "writes {count} blocks at {block}"),
             Self::Discard(block, count) => write!(f, "discards {count} blocks at {block}"),
@@ -342,6 +354,12 @@ impl fmt::Display for Fault {
             Self::BlankDisk { server, disk, down_ms } => {
                 write!(f, "server {server} stops and comes back with a blank disk {disk} after {down_ms} ms")
             }
+            Self::OldDisk { server, down_ms } => {
+                write!(
+                    f,
+                    "server {server} stops and has a disk that was replaced again, beside the others, after {down_ms} ms"
+                )
+            }
             Self::SlowDisk { server, extra_us, ms } => {
                 write!(f, "disks of server {server} take {extra_us} us longer for {ms} ms")
             }
@@ -383,6 +401,7 @@ impl Fault {
             Self::FailDisk { how: DiskFault::Flush, .. } => "failed flush of a disk",
             Self::Rot { .. } => "rotted block",
             Self::BlankDisk { .. } => "blank disk",
+            Self::OldDisk { .. } => "old disk put back",
             Self::SlowDisk { .. } => "slow disk",
             Self::SlowApi { .. } => "slow API server",
             Self::Leave { .. } => "server asked to stop",

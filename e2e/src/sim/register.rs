@@ -36,6 +36,8 @@ struct Block {
     unflushed: Vec<WriteId>,
     /// A loss may have made anything of it what is there, and it is not settled yet.
     open: bool,
+    /// Every write that was ever asked for, but for those that found no room.
+    all: Vec<WriteId>,
     /// What a read under way may see.
     reads: BTreeMap<u64, BTreeSet<WriteId>>,
 }
@@ -92,6 +94,7 @@ impl Register {
             base: BTreeSet::from([0]),
             unflushed: Vec::new(),
             open: false,
+            all: Vec::new(),
             reads: BTreeMap::new(),
         };
         let zero = Write { session: SessionId::NONE, invoked: 0, over: Some(0), content: 0 };
@@ -132,10 +135,11 @@ impl Register {
         let (from, count) = match ask {
             Ask::Read(block, count) | Ask::Write(block, count) | Ask::Discard(block, count) => (block, count),
             Ask::Flush => (0, 0),
+            Ask::Blank => (0, self.blocks.len() as u64),
         };
         for block in from..from + count {
             let found = &mut self.blocks[block as usize];
-            if matches!(ask, Ask::Read(..)) {
+            if matches!(ask, Ask::Read(..) | Ask::Blank) {
                 found.reads.insert(tag, found.may.union(&found.in_flight).copied().collect());
                 continue;
             }
@@ -146,6 +150,7 @@ impl Register {
                 self.by_content.insert(content, id);
             }
             found.in_flight.insert(id);
+            found.all.push(id);
             for seen in found.reads.values_mut() {
                 seen.insert(id);
             }
@@ -168,7 +173,7 @@ impl Register {
                     self.acknowledged(from as usize + n, *id, now);
                 }
             }
-            Ask::Read(..) => unreachable!("reads are answered with data"),
+            Ask::Read(..) | Ask::Blank => unreachable!("answered with data"),
         }
     }
 
@@ -281,6 +286,29 @@ impl Register {
         Ok(())
     }
 
+    /// Somebody was told that no block was ever written, or that something in these was. A discard is no write here: its
+    /// hole may be gone again (H16).
+    pub(super) fn blank(&mut self, tag: u64, found: Option<std::ops::Range<u64>>) -> Result<(), Wrong> {
+        let request = self.requests.remove(&tag).expect("asked for");
+        self.tick();
+        self.made_good(request.session, request.invoked);
+        let mut written = None;
+        for (n, block) in self.blocks.iter_mut().enumerate() {
+            let could = block.reads.remove(&tag).expect("noted when it was asked");
+            if could.iter().all(|w| self.writes[*w as usize].content != 0) {
+                written.get_or_insert(n);
+            }
+        }
+        let touched = |block: u64| self.blocks.get(block as usize).is_some_and(|found| !found.all.is_empty());
+        match (found, written) {
+            (None, Some(block)) => Err(Wrong(format!("all is called blank, and block {block} was written"))),
+            (Some(page), _) if !page.clone().any(touched) => {
+                Err(Wrong(format!("blocks {page:?} are called written, and nobody ever wrote there")))
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn describe(&self, stamp: u64) -> String {
         let Some(id) = self.by_content.get(&stamp) else {
             return if stamp == 0 { "zeroes".into() } else { format!("what nobody wrote ({stamp:#x})") };
@@ -310,10 +338,13 @@ impl Register {
     }
 
     fn forget_reads(&mut self, tag: u64, ask: Ask) {
-        if let Ask::Read(from, count) = ask {
-            for block in from..from + count {
-                self.blocks[block as usize].reads.remove(&tag);
-            }
+        let blocks = match ask {
+            Ask::Read(from, count) => from as usize..(from + count) as usize,
+            Ask::Blank => 0..self.blocks.len(),
+            Ask::Write(..) | Ask::Discard(..) | Ask::Flush => return,
+        };
+        for block in blocks {
+            self.blocks[block].reads.remove(&tag);
         }
     }
 
@@ -329,6 +360,7 @@ impl Register {
         for (n, id) in request.writes.iter().enumerate() {
             let found = &mut self.blocks[from as usize + n];
             found.in_flight.remove(id);
+            found.all.retain(|w| w != id);
             found.reads.values_mut().for_each(|seen| {
                 seen.remove(id);
             });
@@ -397,6 +429,22 @@ impl Register {
                 found.sealed = true;
                 self.seal(id, now);
             }
+        }
+    }
+
+    /// A person forced a copy that is behind (I8): these blocks may be again what they were at any time, flushed or not.
+    pub(super) fn forced(&mut self, blocks: impl Iterator<Item = u64>) {
+        self.tick();
+        // Of what was stale without a content that was kept nothing is served.
+        self.bad_blocks = true;
+        for block in blocks {
+            let Some(found) = self.blocks.get_mut(block as usize) else { continue };
+            let any: BTreeSet<WriteId> = found.all.iter().copied().chain([0]).collect();
+            found.reads.values_mut().for_each(|seen| seen.extend(&any));
+            found.base.clone_from(&any);
+            found.may = any;
+            found.unflushed.clear();
+            found.open = true;
         }
     }
 

@@ -21,6 +21,8 @@ pub(super) struct ServerHost {
     pub(super) powered: bool,
     pub(super) machine: Option<StorageServer>,
     pub(super) disks: Vec<Disk>,
+    /// Disks that others were put in place of.
+    pub(super) set_aside: Vec<Disk>,
     pub(super) peers: BTreeMap<PeerId, ConnIndex>,
     /// Control connections accepted.
     pub(super) control: Vec<ConnIndex>,
@@ -57,6 +59,7 @@ impl World {
                 powered: false,
                 machine: None,
                 disks,
+                set_aside: Vec::new(),
                 peers: BTreeMap::new(),
                 control: Vec::new(),
                 calls: BTreeMap::new(),
@@ -91,7 +94,7 @@ impl World {
         let process = Process { host: Host::Server(n), epoch: host.epoch };
         self.note(|| format!("server {n} starts"));
         let mut at = self.now;
-        for disk in 0..self.plan.setup.disks {
+        for disk in 0..self.servers[n].disks.len() {
             at += self.dice.within(500, 40_000);
             self.queue.push(at, Event::OpenDisk { process, disk });
         }

@@ -71,6 +71,7 @@ fn setup(dice: &mut Dice) -> Setup {
         stubborn_ms: 0,
         kept_bytes: 16 << 20,
         flaky: 0,
+        force_after_ms: 0,
         heal_at_us: 32 * SECOND,
     }
 }

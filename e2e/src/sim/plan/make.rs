@@ -58,6 +58,7 @@ fn setup(dice: &mut Dice) -> Setup {
         stubborn_ms: [0, 0, 3_000, 12_000][dice.index(4)],
         kept_bytes: if dice.chance(1, 4) { 256 << 10 } else { 16 << 20 },
         flaky: [0, 0, 0, 60, 400][dice.index(5)],
+        force_after_ms: if dice.chance(1, 10) { dice.within(1_000, 8_000) } else { 0 },
         heal_at_us: dice.within(20, 60) * 1_000_000,
     };
     setup.most_blocks = setup.blocks;
@@ -71,6 +72,10 @@ fn asks(setup: &Setup, dice: &mut Dice, steps: &mut Vec<Step>) {
     let pace_us = [500, 5_000, 50_000][dice.index(3)];
     let flushes = [2, 10, 30][dice.index(3)];
     let mut at_us = 2_000_000;
+    if dice.chance(1, 2) {
+        let at_us = dice.within(1_600_000, 2_000_000);
+        steps.push(Step { at_us, action: Action::Ask { client: 0, ask: Ask::Blank } });
+    }
     let budget = dice.within(60, 1_200);
     for _ in 0..budget {
         at_us += if dice.chance(1, 60) { dice.within(100_000, 4_000_000) } else { dice.below(2 * pace_us) };
@@ -83,6 +88,7 @@ fn asks(setup: &Setup, dice: &mut Dice, steps: &mut Vec<Step>) {
             n if n < flushes => Ask::Flush,
             n if n < 60 => Ask::Write(block, count),
             n if n < 66 => Ask::Discard(block, count),
+            99 => Ask::Blank,
             _ => Ask::Read(block, count),
         };
         let client = dice.index(setup.clients);
@@ -172,7 +178,13 @@ fn fault(setup: &Setup, dice: &mut Dice, kind: u64, blanked: &mut bool) -> Actio
             Fault::FailDisk { server, disk, how }
         }
         16 => Fault::Rot { server, disk, pick: dice.next() },
-        17 if setup.copies > 1 && !std::mem::replace(blanked, true) => Fault::BlankDisk { server, disk, down_ms },
+        17 if setup.copies > 1 && !std::mem::replace(blanked, true) => {
+            let later_us = dice.within(1, 9_000) * 1_000;
+            let old = Fault::OldDisk { server, down_ms: down_ms.min(5_000) };
+            let back = Fault::When { moment: Moment::Promised, times: 1, later_us, fault: Box::new(old) };
+            let blank = Fault::BlankDisk { server, disk, down_ms };
+            if dice.chance(1, 2) { Fault::Both { one: Box::new(blank), other: Box::new(back) } } else { blank }
+        }
         18 => Fault::SlowDisk { server, extra_us: dice.within(1_000, 400_000), ms: down_ms },
         19 => Fault::Leave { server, down_ms },
         20 if dice.chance(1, 2) => return Action::Detach { client },

@@ -33,6 +33,42 @@ fn a_read_sees_the_last_acknowledged_write_and_nothing_older() {
 }
 
 #[test]
+fn a_force_may_bring_back_what_was_flushed_over_and_what_is_seen_then_stays() {
+    let mut register = register();
+    let old = write(&mut register, 1, A);
+    let new = write(&mut register, 2, A);
+    register.ask(3, A, Ask::Flush);
+    register.done(3);
+    register.forced(0..4);
+    register.committed(&[], true, true);
+    register.committed(&[B], false, false);
+    register.ask(4, B, Ask::Read(0, 1));
+    assert_eq!(register.read(4, &[Some(old)]), Ok(()));
+    register.ask(5, B, Ask::Read(0, 1));
+    assert!(register.read(5, &[Some(new)]).is_err());
+    register.ask(6, B, Ask::Read(1, 1));
+    assert!(register.read(6, &[Some(old)]).is_err(), "never another block's content");
+}
+
+#[test]
+fn what_was_written_is_not_called_blank_and_what_nobody_touched_is_not_called_written() {
+    let mut register = register();
+    register.ask(1, A, Ask::Blank);
+    assert_eq!(register.blank(1, None), Ok(()));
+    register.ask(2, A, Ask::Blank);
+    assert!(register.blank(2, Some(0..2)).is_err(), "nobody wrote");
+    register.ask(3, A, Ask::Blank);
+    write(&mut register, 4, A);
+    assert_eq!(register.blank(3, None), Ok(()), "asked before the write");
+    register.ask(5, A, Ask::Blank);
+    assert!(register.blank(5, None).is_err());
+    register.ask(6, A, Ask::Blank);
+    assert_eq!(register.blank(6, Some(0..2)), Ok(()));
+    register.ask(7, A, Ask::Blank);
+    assert!(register.blank(7, Some(2..4)).is_err(), "another page");
+}
+
+#[test]
 fn a_write_in_flight_may_show_and_then_stays() {
     let mut register = register();
     let old = write(&mut register, 1, A);

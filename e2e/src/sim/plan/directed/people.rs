@@ -15,10 +15,12 @@ pub(in crate::sim::plan) fn plan(dice: &mut Dice) -> (Setup, Vec<Step>) {
     scene.attach(SECOND, 0);
     let end = scene.setup.heal_at_us - SECOND;
     scene.asks(dice, 0, (2 * SECOND, end), 40_000, (6, 2));
-    match dice.below(8) {
+    match dice.below(13) {
         0..=2 => scene.restored(dice),
         3..=4 => scene.deleted(dice),
-        5..=6 => scene.drained(dice),
+        5..=7 => scene.drained(dice),
+        8..=9 => scene.forced(dice),
+        10..=11 => scene.old_disk(dice),
         _ => scene.grown(dice),
     }
     (scene.setup, scene.steps)
@@ -88,8 +90,47 @@ impl Scene {
         let other = (server + 1 + dice.index(self.setup.servers - 1)) % self.setup.servers;
         let stop = Fault::StopServers { servers: vec![other], power: dice.chance(1, 2), down_ms: dice.within(1, 60) };
         let moment = Moment::Leader([LeaderStep::Intended, LeaderStep::CopiesPut][dice.index(2)]);
-        let (times, later_us) = (dice.within(1, 4) as u32, dice.within(0, 500));
-        self.fault(at_us, Fault::When { moment, times, later_us, fault: Box::new(stop) });
+        let stop = super::timed(moment, dice.within(0, 500), stop);
+        // Mostly the one that takes the old copy away, which comes when the new one is filled.
+        self.fault(at_us, if dice.chance(3, 4) { super::timed(Moment::Filled, 0, stop) } else { stop });
+    }
+
+    /// I8: what is left of a group fell behind, and a person goes on with it; what it lacks comes back later.
+    fn forced(&mut self, dice: &mut Dice) {
+        self.setup.force_after_ms = dice.within(1_000, 5_000);
+        let left = dice.index(self.setup.servers);
+        let stop = |servers, power, down_ms| Fault::StopServers { servers, power, down_ms };
+        self.fault(BEGIN, stop(vec![left], dice.chance(1, 2), dice.within(2_500, 5_000)));
+        let others: Vec<usize> = (0..self.setup.servers).filter(|n| *n != left).collect();
+        let gone = BEGIN + dice.within(2_000, 6_000) * 1_000;
+        self.fault(gone, stop(others, dice.chance(1, 2), dice.within(9_000, 20_000)));
+        if dice.chance(1, 2) {
+            let step = LeaderStep::ALL[dice.index(LeaderStep::ALL.len())];
+            self.fault(gone + SECOND, Fault::KillLeaderAt { step, down_ms: dice.within(50, 2_000) });
+        }
+        if dice.chance(1, 2) {
+            let at_us = gone + dice.within(3_000, 9_000) * 1_000;
+            self.minor(dice, at_us, left);
+        }
+    }
+
+    /// R14, H2: a disk is replaced, and what was on it comes back: before, while or after others took its place.
+    fn old_disk(&mut self, dice: &mut Dice) {
+        self.setup.disks = 1 + dice.index(2);
+        for n in 0..2 {
+            let at_us = BEGIN + n * 12 * SECOND;
+            let server = dice.index(self.setup.servers);
+            for disk in 0..self.setup.disks {
+                self.fault(at_us, Fault::BlankDisk { server, disk, down_ms: dice.within(50, 900) });
+            }
+            let back = at_us + SECOND + dice.within(0, 10 * SECOND);
+            self.fault(back, Fault::OldDisk { server, down_ms: dice.within(50, 900) });
+            if dice.chance(1, 2) {
+                let other = dice.index(self.setup.servers);
+                let near = back + dice.within(0, 2 * SECOND) - SECOND;
+                self.minor(dice, near, other);
+            }
+        }
     }
 
     /// Larger, more than once; what is new is written as soon as it is there.
