@@ -354,6 +354,10 @@ impl Driver {
             self.kept.release(op.kept_bytes);
         }
         self.finish(id, Err(error));
+        // Its room is free, and no flush need come that would say so.
+        if !self.awaiting_room.is_empty() {
+            self.admit_waiting();
+        }
     }
 
     /// Answer the OS and let go what waited for this operation.

@@ -361,6 +361,26 @@ fn a_full_buffer_of_kept_writes_flushes_by_itself_and_new_writes_wait() {
 
 /// H22: a revoked range fails for its requests only, and other writes go on.
 #[test]
+fn writes_that_wait_for_room_go_on_when_those_before_them_fail() {
+    let mut bench = Bench::new(Start::Fresh);
+    bench.credit = 0;
+    bench.input(Input::Map(pair(1)));
+    bench.connect_all();
+    bench.open_all();
+    // More than may be kept: the last ones wait for room.
+    for tag in 1..=6 {
+        bench.write(tag, tag * PAGE * 16, 1 << 20);
+    }
+    for tag in 1..=6 {
+        while !bench.flying.is_empty() {
+            let ask = bench.flying.remove(0);
+            bench.reply(&ask, ReplyBody::NoSpace);
+        }
+        assert_eq!(bench.result(tag), Some(Err(OpError::NoSpace)), "write {tag}");
+    }
+}
+
+#[test]
 fn a_revoked_write_fails_alone() {
     let mut bench = Bench::serving(pair(1));
     bench.write(1, 0, 4096);
