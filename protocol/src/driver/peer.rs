@@ -230,7 +230,13 @@ impl Peer {
     pub(super) fn answered(&mut self, request: RequestId, now: Millis) -> Option<Sent> {
         let sent = self.under_way.remove(&request)?;
         self.under_way_bytes -= sent.bytes;
-        self.owes_since = if self.under_way.is_empty() && !self.behind { None } else { Some(now) };
+        let oldest = self.under_way.values().next().map(|oldest| oldest.at);
+        self.owes_since = match (oldest, &sent.what) {
+            (None, _) if !self.behind => None,
+            // A ping is answered without the disk: it is no progress with what else is under way.
+            (Some(oldest), What::Ping) => self.owes_since.map(|since| since.max(oldest)),
+            _ => Some(now),
+        };
         Some(sent)
     }
 

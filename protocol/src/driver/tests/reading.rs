@@ -155,3 +155,25 @@ fn a_group_without_an_active_member_serves_nothing() {
     bench.serve_all();
     assert!(bench.is_done(1) && bench.is_done(2));
 }
+
+/// The disk of member 2 hangs; its server answers what needs no disk.
+#[test]
+fn pings_are_no_progress_with_a_member_that_answers_nothing_else() {
+    let mut bench = Bench::serving(pair(1));
+    bench.write(1, 0, 4096);
+    let first = bench.take_write(1);
+    bench.serve(&first);
+    let stuck = bench.take_write(2);
+    for tag in 10..20 {
+        bench.read(tag, PAGE, 4096);
+        while let Some(at) = bench.flying.iter().position(|f| is_read(&f.frame.body) || is_ping(&f.frame.body)) {
+            let next = bench.flying.remove(at);
+            bench.serve(&next);
+        }
+        assert!(bench.is_done(tag), "reads go on");
+        bench.wait(700);
+    }
+    assert_eq!(bench.reports, [(2, crate::control::Trouble::Stalled)]);
+    bench.serve(&stuck);
+    assert!(bench.is_done(1));
+}
