@@ -40,6 +40,9 @@ pub const READ_LEASE_WAIT_MS: u64 = READ_LEASE_MS * 5 / 4;
 pub const STALL_TIMEOUT_MS: u64 = 5_000;
 /// An idle driver flushes and confirms within this time, so idle volumes are clean.
 pub const IDLE_CONFIRM_MS: u64 = 500;
+/// A client's word of a generation further ahead than this is nonsense: no volume changes so often, and a leader that goes
+/// on above it would come to the end of all numbers.
+pub const MAX_GENERATIONS_AHEAD: u64 = 1 << 32;
 /// A server behind a driver asks the operator at once and another member after this long.
 pub const BEHIND_ASK_MEMBER_MS: u64 = 1_000;
 /// A planned change is given up when a serving member has not answered the fence for this long, doubled at each retry.

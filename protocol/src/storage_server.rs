@@ -129,8 +129,8 @@ enum Due {
 enum Owner {
     /// The record of a page, for everything queued on it.
     Load(VolumeId, PageKey),
-    /// The durable marks of a page: pending, and the ordinals that it is missed by.
-    Mark(VolumeId, PageKey, u16),
+    /// The durable marks of a page: whether pending is among them, and the ordinals that it is missed by.
+    Mark(VolumeId, PageKey, bool, u16),
     /// Marks that go: nobody waits, but a fence does.
     Clear(VolumeId),
     /// Part of an execution; the number is the first block that it is about.
@@ -297,7 +297,10 @@ impl StorageServer {
     fn answered(&mut self, boot: BootId, owner: Owner, answer: MediumAnswer) {
         match owner {
             Owner::Load(volume, page) => self.loaded(boot, volume, page, answer),
-            Owner::Mark(volume, page, missed) => self.marked(boot, volume, page, missed),
+            Owner::Mark(volume, page, ..) if answer == MediumAnswer::NoSpace => {
+                self.refuse_unmarked(boot, volume, page)
+            }
+            Owner::Mark(volume, page, pending, missed) => self.marked(boot, volume, page, (pending, missed)),
             Owner::Clear(volume) | Owner::Bad(volume) => self.finished_one(volume),
             Owner::Exec(exec, block) => self.exec_answered(exec, block, answer),
             Owner::ExecNext(exec) => self.exec_next(exec, answer),

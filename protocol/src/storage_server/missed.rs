@@ -121,6 +121,13 @@ impl CopyLayer {
         Some(missed.mask)
     }
 
+    /// What was handed to the device last for a page found no room there. Bits that are set stay: they say too much.
+    pub(super) fn miss_refused(&mut self, page: u64) {
+        if let Some(missed) = self.missed.get_mut(&page) {
+            missed.disk = missed.durable;
+        }
+    }
+
     /// Clears bits of a page that is not pending, in memory.
     fn restore(&mut self, page: u64, bits: u16) {
         let Some(missed) = self.missed.get_mut(&page) else { return };

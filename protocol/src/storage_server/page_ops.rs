@@ -38,6 +38,8 @@ pub(super) struct Exec {
     outstanding: u32,
     /// The medium had no room.
     no_space: bool,
+    /// It counts among those that need the page's pending mark.
+    pub(super) is_marked: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,7 +122,7 @@ impl Work {
 impl Exec {
     pub(super) fn new(volume: VolumeId, boot: BootId, page: PageKey, blocks: Range<u32>, work: Work) -> Self {
         let stage = Stage::Queued;
-        Self { volume, boot, page, blocks, work, stage, outstanding: 0, no_space: false }
+        Self { volume, boot, page, blocks, work, stage, outstanding: 0, no_space: false, is_marked: false }
     }
 
     /// A flush of devices: on no page, running at once.
@@ -141,7 +143,9 @@ impl Exec {
 
     fn pageless(volume: VolumeId, boot: BootId, work: Work, outstanding: u32) -> Self {
         let page = PageKey { copy: Default::default(), layer: Default::default(), page: 0 };
-        Self { volume, boot, page, blocks: 0..0, work, stage: Stage::Running, outstanding, no_space: false }
+        let mut exec = Self::new(volume, boot, page, 0..0, work);
+        (exec.stage, exec.outstanding) = (Stage::Running, outstanding);
+        exec
     }
 
     /// Whether the end of this opening ends it too. A flush or reservation may be on several devices; then the loss of
@@ -287,6 +291,26 @@ impl StorageServer {
                 self.try_run(id);
             }
         }
+    }
+
+    /// The page's marks found no room: nothing that needs them is done (I3), and the marks are as they were.
+    pub(super) fn refuse_unmarked(&mut self, boot: BootId, volume: VolumeId, page: PageKey) {
+        let queue = self.devices.get(&boot).and_then(|d| d.pages.get(&page));
+        let mut refused = queue.map(|q| q.running.clone()).unwrap_or_default();
+        let waits = |exec: &Exec| exec.stage == Stage::Preparing && !self.mark_is_durable(exec);
+        refused.retain(|id| self.execs.get(id).is_some_and(waits));
+        for id in &refused {
+            let exec = self.execs.get_mut(id).expect("just looked at");
+            (exec.stage, exec.is_marked, exec.no_space) = (Stage::Running, false, true);
+        }
+        if let Some(layer) = self.known(volume).layer_mut(&page) {
+            layer.miss_refused(page.page);
+            layer.pending.retain(|number, pending| *number != page.page || pending.durable);
+            if let Some(pending) = layer.pending.get_mut(&page.page) {
+                pending.busy = pending.busy.saturating_sub(refused.len() as u32);
+            }
+        }
+        refused.into_iter().for_each(|id| self.finish_if_done(id));
     }
 
     fn try_run(&mut self, id: ExecId) {
@@ -502,8 +526,11 @@ impl StorageServer {
     /// No room for a write that was within its credit can only be a write that drew on the reserve: nothing was changed, the
     /// driver says so and tries again (R8, H22). A page from a peer is asked for again.
     fn out_of_room(&mut self, exec: Exec) -> (ReplyBody, Bytes) {
-        if let Work::Apply(apply) = exec.work {
-            self.page_refused(exec.page, &apply);
+        match exec.work {
+            Work::Apply(apply) => self.page_refused(exec.page, &apply),
+            // The settle that marks it begins again.
+            Work::Unsync => self.pause(exec.page.copy),
+            _ => {}
         }
         (ReplyBody::NoSpace, Bytes::new())
     }

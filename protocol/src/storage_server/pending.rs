@@ -75,6 +75,7 @@ impl StorageServer {
         for (writer, seq) in writers {
             pending.note(writer, seq);
         }
+        self.execs.get_mut(&id).expect("looked at above").is_marked = true;
         let missed = self.miss_for(id);
         self.commit_marks(boot, volume, page, first, missed);
     }
@@ -92,14 +93,15 @@ impl StorageServer {
         let mark = pending.then_some(Record::Pending { page, set: true });
         let records: Vec<Record> = mark.into_iter().chain(missed.map(|(record, _)| record)).collect();
         if !records.is_empty() {
-            self.medium(boot, Owner::Mark(volume, page, mask), MediumOp::Commit(records));
+            self.medium(boot, Owner::Mark(volume, page, pending, mask), MediumOp::Commit(records));
         }
     }
 
-    pub(super) fn marked(&mut self, boot: BootId, volume: VolumeId, page: PageKey, missed: u16) {
+    pub(super) fn marked(&mut self, boot: BootId, volume: VolumeId, page: PageKey, (marks, missed): (bool, u16)) {
         self.missed_durable(volume, page, missed);
         // A commit that held no pending mark came after one that did.
-        if let Some(pending) = self.known(volume).layer_mut(&page).and_then(|l| l.pending.get_mut(&page.page)) {
+        let pending = self.known(volume).layer_mut(&page).and_then(|l| l.pending.get_mut(&page.page));
+        if let Some(pending) = pending.filter(|_| marks) {
             pending.durable = true;
         }
         self.run_prepared(boot, page);
@@ -118,12 +120,7 @@ impl StorageServer {
 
     /// An execution that needed the mark is over.
     pub(super) fn unmark_for(&mut self, exec: &Exec) {
-        let needed = match &exec.work {
-            Work::Write { .. } | Work::Discard { .. } => true,
-            Work::Apply(apply) => apply.needs_mark(),
-            _ => false,
-        };
-        if !needed {
+        if !exec.is_marked {
             return;
         }
         let layer = self.known(exec.volume).layer_mut(&exec.page);

@@ -249,7 +249,7 @@ impl StorageServer {
     }
 
     /// Gives a pull up for now; the map still calls for it, so it begins again after a pause.
-    fn pause(&mut self, copy: CopyId) {
+    pub(super) fn pause(&mut self, copy: CopyId) {
         if let Some(pull) = self.pulls.remove(&copy) {
             self.out.push(Output::PeerClose { peer: pull.peer });
             self.due(self.now.after(RETRY_MS), Due::Pulls(pull.volume));

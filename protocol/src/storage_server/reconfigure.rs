@@ -316,9 +316,9 @@ impl StorageServer {
 
     pub(super) fn change_answered(&mut self, volume: VolumeId, answer: MediumAnswer) {
         let change = self.known(volume).changes.front_mut().expect("an order is under way");
-        let marks = matches!(change.order, Order::Rejoin(_));
-        assert!(answer == MediumAnswer::Done || marks, "other commits and flushes need no room");
-        // No room for the entries of pages that are to be marked: then nothing is promised of the copy.
+        let needs_room = matches!(change.order, Order::Rejoin(_) | Order::Put { .. });
+        assert!(answer == MediumAnswer::Done || needs_room, "other commits and flushes need no room");
+        // No room for the entries of pages that are to be marked, or for the copy: then nothing is promised of it.
         change.lost |= answer == MediumAnswer::NoSpace;
         change.outstanding -= 1;
         self.advance_change(volume);

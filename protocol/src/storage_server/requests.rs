@@ -8,7 +8,7 @@ use super::page_ops::{Exec, Work};
 use super::{Due, Owner, StorageServer};
 use crate::ids::{BootId, Generation, ServerId, SessionId, VolumeId};
 use crate::layer::PageKey;
-use crate::limits::{BEHIND_ASK_MEMBER_MS, WINDOW_BYTES, WINDOW_REQUESTS};
+use crate::limits::{BEHIND_ASK_MEMBER_MS, MAX_GENERATIONS_AHEAD, WINDOW_BYTES, WINDOW_REQUESTS};
 use crate::map::AccessMode;
 use crate::mutants::{Mutant, on};
 use crate::wire::{Opener, Place, ReplyBody, RequestBody, RequestFrame, RequestHeader};
@@ -68,6 +68,9 @@ impl StorageServer {
             let place = place_of(body)?;
             let layer = map.layers.iter().find(|l| l.id == place.layer)?;
             let geometry = map.geometry(layer);
+            if place.group >= geometry.groups || place.page >= geometry.pages(place.group) {
+                return None;
+            }
             let start = geometry.address_of(place.group, place.page, place.offset);
             let last =
                 geometry.address_of(place.group, place.page, place.offset.saturating_add(place.length).max(1) - 1);
@@ -271,7 +274,8 @@ impl StorageServer {
     /// A request is ahead of this server: ask the operator now, and again until the map is here.
     pub(super) fn note_behind(&mut self, volume: VolumeId, at_least: Generation) {
         let Some(known) = self.volumes.get_mut(&volume) else { return };
-        if known.behind.is_some_and(|asked| asked >= at_least) {
+        let beyond_reach = at_least.0.saturating_sub(known.stored().0) > MAX_GENERATIONS_AHEAD;
+        if beyond_reach || known.behind.is_some_and(|asked| asked >= at_least) {
             return;
         }
         let first = known.behind.replace(at_least).is_none();

@@ -52,6 +52,38 @@ fn i3_a_written_block_reads_back_and_its_page_is_marked_first() {
 }
 
 #[test]
+fn i3_a_page_whose_mark_finds_no_room_is_not_written_and_can_be_later() {
+    let mut net = Net::started(1);
+    let handle = net.open(0, 1, 1);
+    (net.servers[0].medium.table_full, net.servers[0].medium.hold) = (true, true);
+    // The second waits for the first on its page.
+    net.send(0, handle, 1, write_at(0, 0), block(7));
+    net.send(0, handle, 1, write_at(0, 0), block(8));
+    net.run();
+    net.servers[0].medium.hold = false;
+    net.run();
+    let refused = net.replies.iter().filter(|reply| reply.body == ReplyBody::NoSpace).count();
+    assert_eq!(refused, 2, "{:?}", net.replies);
+    assert!(!net.servers[0].medium.log.iter().any(|op| matches!(op, MediumOp::Write { .. })), "nothing was changed");
+    net.servers[0].medium.table_full = false;
+    assert_eq!(net.ask(0, handle, 1, write_at(0, 0), block(9)).body, ReplyBody::Done);
+    assert_eq!(net.ask(0, handle, 1, read_at(0), Bytes::new()).payload, block(9));
+    assert!(net.servers[0].medium.pages.values().all(|(record, _)| record.pending));
+    net.fence(0, 2, vec![]);
+}
+
+#[test]
+fn a_place_beyond_all_numbers_is_a_violation_like_any_other() {
+    for page in [u64::MAX, u64::MAX / 65536, 1 << 40] {
+        let mut net = Net::started(1);
+        let handle = net.open(0, 1, 1);
+        net.send(0, handle, 1, write_at(page, 0), block(7));
+        net.run();
+        assert_eq!(net.closed, [Violation::Place]);
+    }
+}
+
+#[test]
 fn a_discard_reads_as_zeroes() {
     let mut net = Net::started(1);
     let handle = net.open(0, 1, 1);

@@ -130,3 +130,18 @@ fn failed_members_serve_nothing_and_syncing_ones_are_not_read() {
         assert_eq!(served, hand != "read", "{hand} on a syncing member");
     }
 }
+
+/// A leader makes its next generation higher than any that it hears of: the last number would be the end of a volume.
+#[test]
+fn a_generation_beyond_all_reach_is_refused_and_not_asked_for() {
+    let mut net = Net::started(1);
+    let handle = net.open(0, 1, 1);
+    for far in [u64::MAX, 1 << 40] {
+        assert_eq!(net.ask(0, handle, far, read_at(0), Bytes::new()).body, ReplyBody::Behind { own: Generation(1) });
+        assert_eq!(net.try_open(0, far, Incarnation(1), OpenNumber(2)), ReplyBody::Behind { own: Generation(1) });
+    }
+    net.advance(10_000);
+    assert_eq!(net.asked, []);
+    net.ask(0, handle, 2, read_at(0), Bytes::new());
+    assert_eq!(net.asked, [Generation(2)], "one that there may be is");
+}

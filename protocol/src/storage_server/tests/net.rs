@@ -19,6 +19,8 @@ pub(super) struct Medium {
     pub(super) rotten: Vec<(PageKey, u32)>,
     /// A page without a slot gets none.
     pub(super) full: bool,
+    /// A page without an entry gets none, also not for its marks.
+    pub(super) table_full: bool,
     /// Flushes are not answered while this is set, all else is.
     pub(super) hold_flushes: bool,
     flushes: VecDeque<(BootId, OpId)>,
@@ -47,9 +49,23 @@ impl Medium {
         self.free = self.free.saturating_sub(new.count() as u64 * u64::from(PAGE));
     }
 
+    /// Whether it needs an entry that is not there.
+    fn lacks_entry(&self, record: &Record) -> bool {
+        let page = match record {
+            Record::Pending { page, set: true } | Record::Missed { page, .. } | Record::MarkUnsynced(page) => page,
+            _ => return false,
+        };
+        self.table_full && !self.pages.contains_key(page)
+    }
+
     fn apply(&mut self, op: MediumOp) -> MediumAnswer {
         self.log.push(op.clone());
         self.take_room(&op);
+        if let MediumOp::Commit(records) = &op
+            && records.iter().any(|record| self.lacks_entry(record))
+        {
+            return MediumAnswer::NoSpace;
+        }
         match op {
             MediumOp::Write { page, .. } if self.full && !self.entry(page).0.allocated => return MediumAnswer::NoSpace,
             MediumOp::Load(page) => return MediumAnswer::Page(self.pages.get(&page).map(|(record, _)| record.clone())),
@@ -168,6 +184,8 @@ pub(super) struct Net {
     pub(super) closed: Vec<Violation>,
     pub(super) stale: Vec<StaleSeen>,
     pub(super) rot: Vec<Rot>,
+    /// Generations of maps that the leader was asked for.
+    pub(super) asked: Vec<Generation>,
     /// Generations of maps pushed to clients.
     pub(super) pushed: Vec<Generation>,
     /// Frames of peers are not delivered while this is set.
@@ -245,6 +263,7 @@ impl Net {
             closed: Vec::new(),
             stale: Vec::new(),
             rot: Vec::new(),
+            asked: Vec::new(),
             pushed: Vec::new(),
             cut: false,
             mute: false,
@@ -375,7 +394,8 @@ impl Net {
             }
             Output::StaleSeen(seen) => self.stale.push(seen),
             Output::Rot(rot) => self.rot.push(rot),
-            Output::CloseDevice { .. } | Output::PeerClose { .. } | Output::AskMap { .. } | Output::WakeAt(_) => {}
+            Output::AskMap { at_least, .. } => self.asked.push(at_least),
+            Output::CloseDevice { .. } | Output::PeerClose { .. } | Output::WakeAt(_) => {}
         }
     }
 
