@@ -155,6 +155,11 @@ impl Catalog {
         self.volumes.remove(&volume);
     }
 
+    /// Bytes of what is kept of a volume.
+    pub(crate) fn blob_bytes(&self, volume: VolumeId) -> Option<usize> {
+        self.volumes.get(&volume).map(Bytes::len)
+    }
+
     pub(crate) fn volumes(&self) -> Vec<(VolumeId, Bytes)> {
         self.volumes.iter().map(|(volume, blob)| (*volume, blob.clone())).collect()
     }

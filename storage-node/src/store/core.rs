@@ -161,6 +161,8 @@ pub(crate) struct Core {
     busy: HashMap<u32, Busy>,
     loading: HashSet<u32>,
     readings: HashMap<u64, Reading>,
+    /// Of those: the store's own.
+    verifying: usize,
     fifo: VecDeque<(OpId, MediumOp)>,
     gathering: Gathering,
     flushes: Vec<OpId>,
@@ -215,10 +217,8 @@ impl Core {
             capacity_bytes: geo.capacity_bytes(),
             free_bytes: space.free_bytes(),
         };
-        let suspect = match anchor.ever_in_place {
-            true => table.entries().filter(|(_, e)| e.has(PENDING)).map(|(n, _)| (n, Vec::new())).collect(),
-            false => HashMap::new(),
-        };
+        let written = table.entries().filter(|(_, e)| anchor.ever_in_place && e.has(PENDING));
+        let suspect = written.map(|(number, _)| (number, Vec::new())).collect();
         let core = Self {
             geo,
             in_place,
@@ -237,6 +237,7 @@ impl Core {
             busy: HashMap::new(),
             loading: HashSet::new(),
             readings: HashMap::new(),
+            verifying: 0,
             fifo: VecDeque::new(),
             gathering: Gathering::default(),
             flushes: Vec::new(),

@@ -11,6 +11,8 @@ use lamina_protocol::storage_server::medium::{CopyRecord, MediumAnswer, MediumOp
 
 /// What a record takes in a transaction at most, its blob apart.
 const RECORD_BYTES: usize = 80;
+/// Part of the catalog that copies are not taken in for.
+const CATALOG_RESERVE_DIVISOR: u64 = 16;
 
 fn record_bytes(record: &Record) -> usize {
     RECORD_BYTES
@@ -40,23 +42,31 @@ impl Core {
         None
     }
 
-    /// Headers and catalog have room for what the records may add.
+    /// Headers and catalog have room for what the records may add. What replaces what is there needs no more room.
     fn has_room_for(&self, records: &[Record]) -> bool {
-        let adds = |record: &&Record| {
-            let adds_bytes = matches!(record, Record::PutVolume { .. } | Record::PutCopy(_));
-            let adds_header = matches!(
-                record,
-                Record::Pending { set: true, .. }
-                    | Record::Missed { .. }
-                    | Record::MarkUnsynced(_)
-                    | Record::Stale { .. }
-            );
-            (adds_bytes, adds_header)
+        let adds_header = |record: &&Record| match record {
+            Record::Pending { page, set: true }
+            | Record::Missed { page, .. }
+            | Record::MarkUnsynced(page)
+            | Record::Stale { page, .. } => self.find(*page).is_none(),
+            _ => false,
         };
-        let bytes: usize = records.iter().filter(|r| adds(r).0).map(record_bytes).sum();
-        let headers = records.iter().filter(|r| adds(r).1).count();
-        let catalog_fits = bytes == 0 || (self.catalog.encoded_len() + bytes) as u64 <= self.geo.catalog_bytes;
-        let headers_fit = self.table.used() as usize + headers <= self.geo.entries() as usize;
+        let adds_bytes = |record: &Record| match record {
+            Record::PutVolume { volume, blob } => match self.catalog.blob_bytes(*volume) {
+                Some(kept) => blob.len().saturating_sub(kept),
+                None => record_bytes(record),
+            },
+            Record::PutCopy(_) => record_bytes(record),
+            _ => 0,
+        };
+        let bytes: usize = records.iter().map(adds_bytes).sum();
+        let headers = records.iter().filter(adds_header).count();
+        // Maps of volumes that are there may grow beside the copies that are taken in.
+        let takes_in = records.iter().any(|record| matches!(record, Record::PutCopy(_)));
+        let reserve = if takes_in { self.geo.catalog_bytes / CATALOG_RESERVE_DIVISOR } else { 0 };
+        let catalog_fits =
+            bytes == 0 || (self.catalog.encoded_len() + bytes) as u64 + reserve <= self.geo.catalog_bytes;
+        let headers_fit = headers == 0 || self.table.used() as usize + headers <= self.geo.entries() as usize;
         catalog_fits && headers_fit
     }
 

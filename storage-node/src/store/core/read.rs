@@ -12,6 +12,9 @@ use crate::store::geometry::{BLOCK, cell_block_of};
 use lamina_protocol::layer::BlockState;
 use lamina_protocol::storage_server::medium::{MediumAnswer, OpId};
 
+/// Pages that are verified at once: what is read for that is held in memory, a page at a time.
+const MAX_VERIFYING: usize = 16;
+
 /// A read under way, in one or more pieces.
 pub(super) struct Reading {
     /// `None` = the store's own, to verify a suspect page.
@@ -64,7 +67,8 @@ impl Core {
     /// Reads blocks of a page with a slot whose cells are held. `home` = its first block.
     pub(super) fn start_read(&mut self, op: Option<OpId>, number: u32, page_home: u64, first: u32, blocks: u32) {
         let home = page_home + u64::from(first);
-        let unseen = self.unseen(number);
+        // What is verified is what the cells say, whatever a mark makes of it: a force may show it again (I8).
+        let unseen = op.and_then(|_| self.unseen(number));
         let expected = (home..home + u64::from(blocks)).map(|at| match self.block(at) {
             (BlockState::Present, _) if unseen == Some(Unseen::Stale) => Expected::Anything,
             (BlockState::Present, crc) => Expected::Checksum(crc),
@@ -78,6 +82,7 @@ impl Core {
         let expected = expected.collect();
         self.pin_cells(home, blocks, true);
         self.busy.entry(number).or_default().reads += 1;
+        self.verifying += usize::from(op.is_none());
         let id = self.next_id + 1;
         let reading = Reading { op, number, home, first, expected, buf: None, bad: Vec::new(), pieces: 0 };
         self.readings.insert(id, reading);
@@ -172,6 +177,7 @@ impl Core {
         let Reading { op, number, home, first, expected, buf, mut bad, .. } = reading;
         self.pin_cells(home, expected.len() as u32, false);
         self.end_read(number);
+        self.verifying -= usize::from(op.is_none());
         self.counts.bad_blocks += bad.len() as u64;
         let mut buf = buf.unwrap_or_else(|| AlignedBuf::zeroed(expected.len() * BLOCK as usize));
         bad.sort_unstable();
@@ -212,13 +218,17 @@ impl Core {
             return true;
         };
         let blocks = self.page_blocks(number);
-        if !self.hold_cells(home, blocks) {
+        if self.verifying >= MAX_VERIFYING || !self.hold_cells(home, blocks) {
             return false;
         }
         let open = |core: &mut Self, block: u32| {
             core.block(home + u64::from(block)).0 == BlockState::Present && !core.is_verified(number, block)
         };
-        let Some(first) = (0..blocks).find(|block| open(self, *block)) else { return true };
+        let Some(first) = (0..blocks).find(|block| open(self, *block)) else {
+            // Nothing of it is left to look at: it stays so when its cells have to make room for those of others.
+            self.suspect.remove(&number);
+            return true;
+        };
         if self.busy.get(&number).is_none_or(|busy| busy.reads == 0) {
             let end = (first..blocks).find(|block| !open(self, *block)).unwrap_or(blocks);
             self.start_read(None, number, home, first, end - first);

@@ -216,6 +216,24 @@ fn a_full_device_says_no_space_and_takes_writes_again_after_a_drop() {
 }
 
 #[test]
+fn a_full_page_table_takes_marks_of_pages_that_it_has_and_no_others() {
+    let (_dir, path) = new_file();
+    let mut opening = Opening::of(&path, true, 1).with_copy();
+    let headers = 16_384;
+    for first in (0..headers).step_by(MAX_COMMIT_RECORDS) {
+        let missed = |number: u64| Record::Missed { page: page(number), mask: 1 };
+        let records = (first..first + MAX_COMMIT_RECORDS as u64).map(missed).collect();
+        assert_eq!(opening.act(MediumOp::Commit(records)), MediumAnswer::Done);
+    }
+    let pending = |number| MediumOp::Commit(vec![Record::Pending { page: page(number), set: true }]);
+    assert_eq!(opening.act(pending(headers)), MediumAnswer::NoSpace);
+    assert_eq!(opening.act(pending(7)), MediumAnswer::Done);
+    opening.write(7, 0, 1, 1);
+    drop(opening);
+    assert_eq!(Opening::of(&path, true, 2).opened.pending, vec![page(7)]);
+}
+
+#[test]
 fn a_rotted_block_is_answered_as_bad_and_the_others_are_served() {
     let (_dir, path) = new_file();
     let mut opening = Opening::of(&path, true, 1).with_copy();

@@ -149,6 +149,67 @@ fn a_slot_is_not_used_again_before_its_freeing_is_durable() {
     }
 }
 
+/// Opens the disk as one that keeps 4 KiB whole, after a crash of what was open before.
+fn in_place(disk: &CutDisk, boot: u128, cache_blocks: usize) -> Core {
+    let mut loaded = load(disk, true).unwrap();
+    make_current(disk, &mut loaded, BootId(boot), true).unwrap();
+    Core::new(loaded, true, cache_blocks).0
+}
+
+/// Whether a commit is answered before so many transfers.
+fn is_answered(core: &mut Core, disk: &CutDisk, records: Vec<Record>) -> bool {
+    core.push(77, MediumOp::Commit(records));
+    for _ in 0..1000 {
+        core.run();
+        if core.take_events().iter().any(|event| matches!(event, MediumEvent::Answered { op: 77, .. })) {
+            return true;
+        }
+        let ios = core.take_ios();
+        let reading = ios.iter().map(|io| if let IoKind::Read { len, .. } = io.kind { len } else { 0 });
+        assert!(reading.sum::<usize>() <= 17 << 20, "what is read is held in memory");
+        ios.into_iter().for_each(|io| do_io(core, disk, io));
+    }
+    false
+}
+
+#[test]
+fn a_page_that_was_stale_and_pending_at_a_crash_can_be_marked_and_cleared_after_it() {
+    let layer = Record::MarkLayerUnsynced { copy: PAGE.copy, layer: PAGE.layer };
+    for mark in [Record::MarkUnsynced(PAGE), layer] {
+        let disk = new_disk();
+        let mut core = in_place(&disk, 1, 64);
+        let pending = |set| Record::Pending { page: PAGE, set };
+        let write = |byte| MediumOp::Write { page: PAGE, first: 0, data: Bytes::from(vec![byte; 8192]) };
+        let begin = MediumOp::Commit(vec![Record::PutCopy(copy()), pending(true)]);
+        let marked = MediumOp::Commit(vec![mark, pending(false)]);
+        // The second write was marked, and not flushed.
+        let again = MediumOp::Commit(vec![pending(true)]);
+        run(&mut core, &disk, vec![begin, write(7), MediumOp::Flush, marked, again, write(8)], None);
+        let mut core = in_place(&disk, 2, 64);
+        assert!(is_answered(&mut core, &disk, vec![Record::MarkUnsynced(PAGE), pending(false)]));
+        // What was kept is worth something: a person may force it (I8).
+        let trust = Record::TrustLayer { copy: PAGE.copy, layer: PAGE.layer };
+        let read = MediumOp::Read { page: PAGE, blocks: 0..2 };
+        let events = run(&mut core, &disk, vec![MediumOp::Commit(vec![trust]), read], None);
+        let MediumEvent::Answered { answer: MediumAnswer::Data { bad, .. }, .. } = &events[1] else { panic!() };
+        assert!(bad.is_empty(), "{bad:?}");
+    }
+}
+
+#[test]
+fn pages_that_were_pending_at_a_crash_are_cleared_whatever_the_cache_holds() {
+    let disk = new_disk();
+    let mut core = in_place(&disk, 1, 64);
+    let pages = || (0..24).map(|page| PageKey { page, ..PAGE });
+    let pending = |set| pages().map(move |page| Record::Pending { page, set });
+    let begin = MediumOp::Commit([Record::PutCopy(copy())].into_iter().chain(pending(true)).collect());
+    let writes = pages().map(|page| MediumOp::Write { page, first: 0, data: Bytes::from(vec![7; 1 << 20]) });
+    let work = [begin].into_iter().chain(writes).chain([MediumOp::Flush]).collect();
+    run(&mut core, &disk, work, None);
+    let mut core = in_place(&disk, 2, 2);
+    assert!(is_answered(&mut core, &disk, pending(false).collect()));
+}
+
 #[test]
 fn a_journal_that_rotted_in_the_middle_is_refused_not_cut_short() {
     let disk = new_disk();
