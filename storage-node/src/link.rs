@@ -126,8 +126,8 @@ impl Link {
     /// Writes what the socket takes; the rest is left to [`Self::write_rest`].
     pub(crate) fn flush(&self) {
         self.in_batch.set(false);
-        // An error shows up in the reader too, which ends the connection.
-        if let Ok(false) = self.write_some() {
+        // An error is met again there. The reader may not see it: with too much waiting to be written it reads nothing.
+        if !matches!(self.write_some(), Ok(true)) {
             self.more.notify_one();
         }
     }
@@ -290,5 +290,39 @@ fn take_frames<F>(
             Some(length) => return Ok(length - buffer.len()),
             None => return Ok(0),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use lamina_protocol::wire::{ReplyBody, ReplyHeader, read_request};
+    use tokio::net::TcpListener;
+
+    #[tokio::test]
+    async fn a_link_that_breaks_while_too_much_waits_to_be_written_ends() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let theirs = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (ours, _) = listener.accept().await.unwrap();
+        let link = Link::new(ours);
+        link.stream.writable().await.unwrap();
+        // It resets the connection, as a process that is killed with unread bytes does.
+        rustix::net::sockopt::set_socket_linger(&theirs, Some(Duration::ZERO)).unwrap();
+        drop(theirs);
+        let payload = Bytes::from(vec![7; 1 << 20]);
+        for _ in 0..10 {
+            link.push(&ReplyFrame { header: ReplyHeader::default(), body: ReplyBody::Data, payload: payload.clone() });
+        }
+        assert!(link.is_full());
+        link.flush();
+        let ended = async {
+            tokio::select! {
+                error = link.read_frames(FRAME_PATIENCE, read_request, |_| {}) => error,
+                error = link.write_rest() => error,
+            }
+        };
+        let ended = timeout(Duration::from_secs(20), ended).await;
+        assert!(matches!(ended, Ok(LinkError::Socket(_) | LinkError::Closed)), "{ended:?}");
     }
 }
