@@ -240,8 +240,10 @@ impl Slots {
     /// Takes what a piece of work came to.
     pub(crate) fn took(&mut self, outcome: Outcome, server: &Rc<Server>) {
         match outcome {
+            // Asked for twice: by the first answer the devices are being opened, or open.
+            Outcome::Identity(_) if self.server.is_some() => {}
             Outcome::Identity(Ok(id)) => {
-                self.server.get_or_insert(id);
+                self.server = Some(id);
                 self.slots.iter_mut().for_each(|slot| slot.again = Some(Instant::now()));
             }
             Outcome::Identity(Err(reason)) => {
@@ -373,5 +375,31 @@ impl Slot {
         }
         self.show(state, Some(reason));
         self.again = Some(Instant::now() + pause);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::events::Inbox;
+    use crate::metrics::Metrics;
+
+    /// Devices that are added one after the other before anybody knows whose the server is: they are looked at twice.
+    #[tokio::test]
+    async fn a_second_word_about_the_servers_id_opens_no_device_again() {
+        let cluster = ClusterId(1);
+        let server = Server::new(cluster, Rc::new(Inbox::default()), Metrics::new());
+        let mut slots = Slots::new(cluster, None);
+        let path = PathBuf::from("/dev/null/nothing");
+        let spec = DeviceSpec { path, atomic4k: None, format: false, size: None };
+        slots.list(Listed { server: None, devices: vec![spec], unlisted: vec![] }, &server);
+        slots.took(Outcome::Identity(Ok(ServerId(5))), &server);
+        assert_eq!(slots.again(), None, "it is being opened");
+        for second in [Ok(ServerId(6)), Err("a device is busy".to_owned())] {
+            slots.took(Outcome::Identity(second), &server);
+            assert_eq!((slots.server, slots.again()), (Some(ServerId(5)), None));
+            assert_eq!((slots.views()[0].state, slots.views()[0].failures), (DeviceState::Opening, 0));
+        }
     }
 }
