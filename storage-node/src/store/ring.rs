@@ -125,18 +125,19 @@ impl Ring {
         match self.ring.submit_and_wait(usize::from(wait)) {
             Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ResourceBusy) => {}
             Err(e) => return Err(e),
-            Ok(_) => self.refuse_broken_chain()?,
+            Ok(_) => self.refuse_broken_chain(),
         }
         Ok(self.reap())
     }
 
-    /// A kernel that took only some of the entries, for want of memory, may have parted a sync from its write.
-    fn refuse_broken_chain(&mut self) -> io::Result<()> {
+    /// A kernel that took only some of the entries, for want of memory, may have parted a sync from its write. Of that
+    /// write nobody would hear when it ends, so neither its memory nor the device could ever be used again: for other
+    /// bytes, or by an opening whose journal it would be written into. Only the end of the process ends it for sure.
+    fn refuse_broken_chain(&mut self) {
         let all_taken = self.ring.submission().is_empty();
         if std::mem::take(&mut self.chain_queued) && !all_taken {
-            Err(io::ErrorKind::OutOfMemory.into())
-        } else {
-            Ok(())
+            tracing::error!("the kernel has no memory for transfers: this process ends");
+            std::process::abort();
         }
     }
 
