@@ -7,6 +7,7 @@
 //!
 //! Absent on purpose: block requests (those go over [`lamina_protocol::wire`]), retries, discovery of addresses.
 
+pub mod accept;
 pub mod edge;
 pub mod leader;
 pub mod storage;

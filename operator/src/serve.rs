@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Args;
+use lamina_control_api::accept::patient;
 use lamina_crds::size::Size;
 use lamina_operator::directory::files::Files;
 use lamina_operator::directory::{Directory, Replacing};
@@ -183,7 +184,7 @@ async fn serve(listener: TcpListener, services: Routes, mut stop: watch::Receive
     let router = tonic::transport::Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .add_routes(services);
-    let incoming = TcpListenerStream::new(listener);
+    let incoming = patient(TcpListenerStream::new(listener));
     let served = router.serve_with_incoming_shutdown(incoming, async move { runtime::stopped(&mut stop).await });
     if let Err(why) = served.await {
         tracing::error!(%why, "the listener is gone");

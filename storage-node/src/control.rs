@@ -4,7 +4,9 @@
 //! come and go cost nothing.
 
 use crate::server::Server;
+use lamina_control_api::accept::patient;
 use lamina_control_api::storage::{Presence, Service, Session};
+use std::pin::pin;
 use std::rc::Rc;
 use std::time::Duration;
 use tokio::net::TcpListener;
@@ -25,7 +27,8 @@ pub(crate) fn listen(listener: TcpListener, presence: Presence) -> mpsc::Receive
         .http2_keepalive_timeout(Some(2 * KEEP_ALIVE))
         .add_service(service);
     tokio::spawn(async move {
-        if let Err(error) = server.serve_with_incoming(TcpListenerStream::new(listener)).await {
+        // As `patient` never fails, it never ends.
+        if let Err(error) = server.serve_with_incoming(pin!(patient(TcpListenerStream::new(listener)))).await {
             tracing::error!("the control service is over: {error}");
         }
     });
