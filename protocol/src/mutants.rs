@@ -46,6 +46,7 @@ mutants! {
     OpenWithoutSilence, "H1", "an Open is answered while requests of lower handles execute";
     LowerOpenTaken, "R7", "an Open that is not above the highest number is taken";
     AnyAttemptCounts, "H1", "a reply to an earlier attempt counts";
+    HandleKept, "M6", "a driver goes on through the handle that it had when its connection broke";
     IncarnationNotCompared, "H20", "a member serves older incarnations";
     IncarnationVolatile, "H20", "an incarnation is not durable before its Open is answered";
     DiscoverySkipped, "H20", "a successor serves when one member has answered";
@@ -76,7 +77,10 @@ mutants! {
     SharedLossGoesOn, "H5", "sessions of a shared volume outlive a loss";
     MissedNotSet, "§5.2", "a write does not say which members it does not reach";
     PendingNotMissed, "H3b", "a new map makes nothing missed that is pending";
-    RestoredEarly, "H11", "missed bits of a member go while it is still being filled";
+    RestoredEarly, "H11", "missed bits of a member go that is not Active";
+    RestoredUnconfirmed, "H11", "a map that lists all as Active restores pages whose writes nobody confirmed";
+    EntryForgotten, "R9", "a device's entry of a page that holds nothing goes while members miss it";
+    ReplacementTrusted, "H21", "a replacement begins with all its pages synced";
     DataBeforeMark, "H3", "data is written before the pending mark is durable";
     ConfirmedAcross, "H4", "confirmed clears pending writes of other sessions and incarnations";
     BeforeStartCleared, "H13", "confirmed clears what was pending before the start";
@@ -94,7 +98,7 @@ mutants! {
     FillDropsPending, "H9", "a fill drops the source's pending state";
     FillDropsMissed, "H8", "a fill drops what others miss by its source";
     LateFillApplied, "H6", "a fill goes on over a promise";
-    ListBeforeFence, "§5.9", "the list of suspect pages is taken before its source is fenced";
+    ListBeforeFence, "§5.9", "the list of suspect pages is taken before its source is sent the fence";
     StaleListTaken, "§5.9", "a member rejoins with the list of an earlier attempt";
     OwnListForgotten, "§5.9", "a member that rejoins marks only what its source lists";
     UnsyncedNotMarked, "H7", "a member that rejoins skips pages that are unsynced already";

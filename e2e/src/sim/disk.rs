@@ -7,6 +7,7 @@
 use bytes::{Bytes, BytesMut};
 use lamina_protocol::ids::{BootId, CopyId, DeviceId, LayerId, VolumeId};
 use lamina_protocol::layer::{BLOCK_BYTES, BlockState, BlockStates, PageKey};
+use lamina_protocol::mutants::{Mutant, on};
 use lamina_protocol::storage_server::medium::{CopyRecord, MediumAnswer, MediumOp, OpId, PageRecord, Record};
 use lamina_protocol::storage_server::{VolumeBlob, read_blob};
 use std::collections::BTreeMap;
@@ -89,6 +90,10 @@ impl DiskPage {
     }
 
     fn has_entry(&self) -> bool {
+        let blank = |cell: &Cell| [&cell.durable, cell.current()].iter().all(|version| version.data.is_none());
+        if on(Mutant::EntryForgotten) && self.cells.iter().all(blank) {
+            return self.pending || self.unsynced;
+        }
         let holds =
             |cell: &Cell| cell.current().state != BlockState::Absent || cell.durable.state != BlockState::Absent;
         self.slot || self.unsynced || self.pending || self.missed != 0 || self.cells.iter().any(holds)

@@ -13,6 +13,7 @@ use super::credit::Credit;
 use super::op::OpId;
 use crate::ids::{Generation, Incarnation, OpenNumber, Seq, ServerId};
 use crate::limits::{READ_LEASE_MS, WINDOW_BYTES, WINDOW_REQUESTS};
+use crate::mutants::{Mutant, on};
 use crate::time::Millis;
 use crate::wire::{Class, HandleId, RequestBody, RequestFrame, RequestHeader, RequestId};
 use bytes::Bytes;
@@ -185,7 +186,7 @@ impl Peer {
 
     /// Whether requests can be sent to it.
     pub(super) fn is_open(&self) -> bool {
-        matches!(self.handle, Handle::Open(_)) && !self.behind
+        matches!((self.handle, self.link), (Handle::Open(_), Link::Up(_))) && !self.behind
     }
 
     pub(super) fn up(&self) -> Option<LinkId> {
@@ -257,7 +258,9 @@ impl Peer {
     /// The connection is gone; what was under way will not be answered.
     pub(super) fn lose(&mut self, now: Millis) -> BTreeMap<RequestId, Sent> {
         self.link = Link::Connecting;
-        self.handle = Handle::Closed;
+        if !on(Mutant::HandleKept) || !matches!(self.handle, Handle::Open(_)) {
+            self.handle = Handle::Closed;
+        }
         self.under_way_bytes = 0;
         self.behind = false;
         self.pinging = self.queue.iter().any(|queued| matches!(queued.what, What::Ping));

@@ -154,7 +154,21 @@ impl Driver {
         peer.link = Link::Up(link);
         peer.owes_since = None;
         self.links.insert(link, server);
+        if on(Mutant::HandleKept) && matches!(self.peers[&server].handle, Handle::Open(_)) {
+            return self.join_old_handle(server, link);
+        }
         self.try_open(server);
+    }
+
+    /// What M6 forbids, if that very mistake is to be made: no `Open`, so that what was lost with the connection may still
+    /// be carried out.
+    fn join_old_handle(&mut self, server: ServerId, link: LinkId) {
+        let (stamp, key) = (self.stamp(), (self.incarnation, OpenNumber(0)));
+        let peer = self.peers.get_mut(&server).expect("the caller found it");
+        let (what, body) = (What::Open(key), RequestBody::Join);
+        let frame = peer.frame(Outgoing { what, body, payload: Bytes::new(), seq: Seq(0) }, stamp);
+        peer.handle = Handle::Opening(key);
+        self.out.push(Output::Send { link, frame });
     }
 
     pub(super) fn broken(&mut self, server: ServerId, link: Option<LinkId>, refused: bool) {
@@ -267,6 +281,10 @@ impl Driver {
                     self.apply_map(map); // In discovery a newer one asks anew.
                 }
                 self.opened(server, handle, under);
+            }
+            ReplyBody::Done if on(Mutant::HandleKept) => {
+                peer.handle = Handle::Open(frame.header.handle);
+                self.opened(server, frame.header.handle, under);
             }
             ReplyBody::Superseded { highest } if highest > self.incarnation => self.outdone(highest),
             ReplyBody::Superseded { .. } => self.reopen(server),

@@ -278,12 +278,14 @@ impl Volume {
         let map = self.object.status.map.clone();
         let rejoin = self.change.iter().flat_map(|change| &change.goal.rejoin);
         let whole: BTreeSet<CopyId> = rejoin.filter(|copy| self.is_marked_whole(**copy)).copied().collect();
+        let fenced = self.change.iter().flat_map(|change| change.required.iter().chain(&change.optional));
+        let later: BTreeSet<ServerId> = fenced.filter(|id| self.fence_waits_for_list(**id)).copied().collect();
         let Some(change) = self.change.as_mut() else { return };
         let generation = change.proposal.generation;
         for id in change.required.iter().chain(&change.optional) {
             let open = !matches!(change.answers.get(id), Some(Answer::Promised(_) | Answer::Gone));
             let due = change.asked.get(id).is_none_or(|at| world.now.since(*at) >= 2 * AGAIN_MS);
-            if !open || !due || !world.servers.is_alive(*id) {
+            if !open || !due || later.contains(id) || !world.servers.is_alive(*id) {
                 continue;
             }
             change.asked.insert(*id, world.now);

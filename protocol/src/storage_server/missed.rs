@@ -72,9 +72,7 @@ fn whole(map: &VolumeMap, copy: CopyId, boot: Option<BootId>) -> u16 {
     if !own {
         return 0;
     }
-    let filled = |m: &&crate::map::Member| {
-        m.state == MemberState::Active || on(Mutant::RestoredEarly) && m.state == MemberState::Syncing
-    };
+    let filled = |m: &&crate::map::Member| m.state == MemberState::Active || on(Mutant::RestoredEarly);
     let active: u16 = group.members.iter().filter(filled).map(|m| bit(m.ordinal)).sum();
     let listed: u16 = group.members.iter().map(|m| bit(m.ordinal)).sum();
     active | !listed

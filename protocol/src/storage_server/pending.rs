@@ -267,3 +267,17 @@ pub(super) fn end_of_settle(copy: &mut super::volume::Copy, map: &VolumeMap) -> 
     }
     records
 }
+
+/// Takes every mark of a copy away, confirmed or not: only a deliberate mistake does (H11).
+pub(super) fn unmark_all(copy: &mut super::volume::Copy) -> Vec<Record> {
+    let copy_id = copy.record.copy;
+    let mut records = Vec::new();
+    for (layer, known) in &mut copy.layers {
+        let pages = std::mem::take(&mut known.pending).into_keys();
+        records.extend(pages.map(|page| {
+            let page = PageKey { copy: copy_id, layer: *layer, page };
+            Record::Pending { page, set: false }
+        }));
+    }
+    records
+}

@@ -83,7 +83,7 @@ impl StorageServer {
             }
             ControlRequest::Rejoin(rejoin) => return self.order_rejoin(call, rejoin),
             ControlRequest::PutCopy { volume, generation, copy, device, placement, group, layers, unsynced } => {
-                let cursor = if unsynced { 0 } else { u64::MAX };
+                let cursor = if unsynced && !on(Mutant::ReplacementTrusted) { 0 } else { u64::MAX };
                 let layers = layers.iter().map(|&(layer, page_bytes)| LayerRecord { layer, page_bytes, cursor });
                 let record = CopyRecord { copy, volume, placement, group, layers: layers.collect() };
                 return self.order_put(call, generation, device, record);

@@ -108,6 +108,18 @@ impl Volume {
         false
     }
 
+    /// Whether a source is sent its fence only when it has been asked for its list: what §5.9 forbids, if that very mistake
+    /// is to be made.
+    pub(super) fn fence_waits_for_list(&self, server: ServerId) -> bool {
+        if !on(Mutant::ListBeforeFence) {
+            return false;
+        }
+        let Some((change, map)) = self.change.as_ref().zip(self.map()) else { return false };
+        let unlisted = |copy: &CopyId| change.lists.get(copy).is_none_or(|list| matches!(list.step, Step::Ask));
+        let elsewhere = |copy: &CopyId| map.place_of(*copy).is_some_and(|(_, _, m)| m.server != server);
+        change.goal.rejoin.iter().any(|copy| elsewhere(copy) && unlisted(copy))
+    }
+
     /// The list of a copy, if it is still wanted by this very change.
     fn listing(&mut self, generation: Generation, copy: CopyId) -> Option<&mut Listing> {
         let ours = |c: &&mut Change| c.proposal.generation == generation && matches!(c.stage, Stage::Fence);

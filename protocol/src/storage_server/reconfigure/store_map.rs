@@ -5,7 +5,8 @@
 
 use super::super::map_step::MapStep;
 use super::super::medium::{MediumOp, Record};
-use super::super::pending::end_of_settle;
+use super::super::missed::group_of;
+use super::super::pending::{end_of_settle, unmark_all};
 use super::super::volume::{Copy, Volume};
 use super::super::{Due, Owner, StorageServer};
 use crate::ids::{BootId, ServerId, VolumeId};
@@ -38,6 +39,9 @@ impl StorageServer {
             steps.entry(boot).or_default().before.extend(records);
         }
         for (boot, mut cleared) in end_settles(known, &map, server) {
+            steps.entry(boot).or_default().after.append(&mut cleared);
+        }
+        for (boot, mut cleared) in restore_unconfirmed(known, &map) {
             steps.entry(boot).or_default().after.append(&mut cleared);
         }
         known.learn_sessions(&map);
@@ -85,4 +89,16 @@ fn end_settles(known: &mut Volume, map: &VolumeMap, server: ServerId) -> Vec<(Bo
         cleared.extend(copy.and_then(|copy| Some((copy.boot?, end_of_settle(copy, map)))));
     }
     cleared
+}
+
+/// What H11 forbids, if that very mistake is to be made: pages of groups without a `Failed` member are pending no more,
+/// confirmed or not.
+fn restore_unconfirmed(known: &mut Volume, map: &VolumeMap) -> Vec<(BootId, Vec<Record>)> {
+    let whole = |copy: &Copy| {
+        let group = group_of(map, copy.record.copy);
+        on(Mutant::RestoredUnconfirmed)
+            && group.is_some_and(|group| group.members.iter().all(|m| m.state == MemberState::Active))
+    };
+    let restored = known.copies.values_mut().filter(|copy| whole(copy));
+    restored.filter_map(|copy| Some((copy.boot?, unmark_all(copy)))).collect()
 }

@@ -7,23 +7,23 @@ use crate::sim::dice::Dice;
 use crate::sim::event::Host;
 use crate::sim::plan::{Action, Ask, Fault, Moment};
 
-const PAGE_BLOCKS: u64 = super::super::make::PAGE_BYTES as u64 / 4096;
+pub(super) const PAGE_BLOCKS: u64 = super::super::make::PAGE_BYTES as u64 / 4096;
 
 impl Scene {
     /// So many pages in one group, so that many are clean while few are written.
-    fn pages(&mut self, pages: u64) {
+    pub(super) fn pages(&mut self, pages: u64) {
         self.setup.groups = 1;
         self.setup.blocks = pages * PAGE_BLOCKS;
     }
 
-    fn copies(&mut self, copies: u8) {
+    pub(super) fn copies(&mut self, copies: u8) {
         (self.setup.copies, self.setup.servers) = (copies, usize::from(copies));
         self.setup.groups = 1;
         self.setup.blocks = 2 * PAGE_BLOCKS;
     }
 
     /// Like `asks` of client 0, over the whole volume and a page and a half at most.
-    fn asks_over_all(&mut self, dice: &mut Dice, (from, to): (u64, u64), pace: u64, mix: (u64, u64)) {
+    pub(super) fn asks_over_all(&mut self, dice: &mut Dice, (from, to): (u64, u64), pace: u64, mix: (u64, u64)) {
         let mut at_us = from;
         while at_us < to {
             let block = dice.below(self.setup.blocks);
@@ -40,7 +40,7 @@ impl Scene {
     }
 
     /// Writes get to server 0 alone; then the client is gone.
-    fn one_copy_written(&mut self, dice: &mut Dice, at_us: u64) {
+    pub(super) fn one_copy_written(&mut self, dice: &mut Dice, at_us: u64) {
         let to = (1..self.setup.servers).map(Host::Server).collect();
         self.fault(at_us, Fault::Cut { from: vec![Host::Driver(0)], to, both: true, ms: 6_000 });
         self.asks(dice, 0, (at_us + 1_000, at_us + 30_000), 2_000, (9, 0));

@@ -77,4 +77,22 @@ impl Scene {
             self.asks(dice, 0, (at_us + SECOND, at_us + 3 * SECOND), 40_000, (0, 0));
         }
     }
+
+    /// M6: all connections break at once, again and again, with writes of few blocks on their way that come late.
+    pub(super) fn broken_together(&mut self, dice: &mut Dice) {
+        self.setup.jitter_us = 60_000;
+        self.setup.network_us = 1_500;
+        self.attach(SECOND, 0);
+        for n in 0..20 {
+            let at_us = BEGIN + n * SECOND;
+            let (block, other) = (dice.below(4), dice.below(4));
+            for k in 0..60 {
+                let block = if k % 4 == 3 { other } else { block };
+                self.act(at_us + k * 12_000, Action::Ask { client: 0, ask: Ask::Write(block, 1) });
+            }
+            self.fault(at_us + dice.within(5_000, 100_000), Fault::Break { pick: 0 });
+            self.fault(at_us + dice.within(200_000, 400_000), Fault::Break { pick: 0 });
+        }
+        self.setup.heal_at_us = BEGIN + 22 * SECOND;
+    }
 }
