@@ -39,19 +39,22 @@ const SHORT: &[Mutant] = &[
     Mutant::DeposedObeyed,
 ];
 
-/// Those that no oracle can find, with the reason why they do no harm as things stand: another rule covers them. Nothing
-/// stands here without such a reason; one that is found all the same is taken off the list.
+/// Those that change nothing that can be seen, with the proof: another rule covers them in every history. Nothing stands here
+/// without one; one that is found all the same is taken off the list.
 const KNOWN: &[(Mutant, &str)] = &[
     (
         Mutant::OpenWithoutSilence,
-        "requests on a page are carried out in the order in which they came, whatever their handles, so what a lower handle \
-         still has under way comes before all that the new one brings; the rule itself: \
+        "equivalent: requests on a page are carried out in the order in which they came, whatever their handles, so what a \
+         lower handle still has under way comes before all that the new one brings; what is on no page (a flush, slots) \
+         says or takes nothing for an older attempt; the rule itself: \
          an_open_waits_for_what_the_lower_handle_has_under_way",
     ),
     (
         Mutant::GiveUpRepeatsSettled,
-        "that settle was over in the map before: whoever was left pending then reports it still to settle, and the \
-         operator settles again; the rule itself: r13_a_given_up_change_repeats_no_settled_and_takes_nothing_of_a_reply",
+        "equivalent: a member with the boot id of that map answered the fence before it as settled and durable, and has \
+         executed nothing since but under a map with these very sessions, so it clears what the first map made it clear, \
+         or would have; the rule itself: \
+         r13_a_given_up_change_repeats_no_settled_and_takes_nothing_of_a_reply",
     ),
 ];
 

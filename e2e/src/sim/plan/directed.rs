@@ -22,7 +22,7 @@ type Chain = fn(&mut Scene, &mut Dice);
 
 /// All of them, each once, then again those that find their fault less often. They take turns, so that any few hundred
 /// seeds play each a like number of times.
-const CHAINS: [Chain; 52] = [
+const CHAINS: [Chain; 55] = [
     Scene::late_word,
     Scene::listed_while_written,
     Scene::undone,
@@ -32,9 +32,11 @@ const CHAINS: [Chain; 52] = [
     Scene::pending_and_away,
     |scene, dice| scene.crash_after(dice, Moment::Filled),
     Scene::given_back,
+    Scene::restored_unnoticed,
     Scene::discarded_while_away,
     Scene::listed_and_given_up,
     Scene::handled,
+    Scene::written_while_settled,
     Scene::two_leaders,
     Scene::written_while_filled,
     Scene::lease,
@@ -74,6 +76,7 @@ const CHAINS: [Chain; 52] = [
     Scene::paid_and_lost,
     Scene::listed_and_given_up,
     Scene::broken_together,
+    Scene::written_while_settled,
     Scene::half_settled,
 ];
 

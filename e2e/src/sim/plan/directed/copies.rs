@@ -138,6 +138,22 @@ impl Scene {
         self.setup.heal_at_us = BEGIN + 30 * SECOND;
     }
 
+    /// M5: all lose power while a driver lives, and the settle after that takes its time; the driver has writes of those
+    /// very pages.
+    pub(super) fn written_while_settled(&mut self, dice: &mut Dice) {
+        self.pages(20);
+        self.attach(SECOND, 0);
+        for n in 0..2 {
+            let at_us = BEGIN + n * 15 * SECOND;
+            self.asks_over_all(dice, (at_us - 400_000, at_us), 5_000, (10, 0));
+            let down_ms = dice.within(100, 600);
+            self.fault(at_us, Fault::StopServers { servers: vec![0, 1], power: true, down_ms });
+            self.fault(at_us, Fault::SlowDisk { server: 0, extra_us: dice.within(80_000, 250_000), ms: 9_000 });
+            self.asks_over_all(dice, (at_us + 100_000, at_us + 9 * SECOND), 15_000, (9, 0));
+        }
+        self.setup.heal_at_us = BEGIN + 30 * SECOND;
+    }
+
     /// §5.1: all lose power as soon as a successor adopts what the process before it had acknowledged.
     pub(super) fn adopted(&mut self, dice: &mut Dice) {
         self.pages(4);

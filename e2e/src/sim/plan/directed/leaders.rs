@@ -95,4 +95,23 @@ impl Scene {
         }
         self.setup.heal_at_us = BEGIN + 22 * SECOND;
     }
+
+    /// R6: the object is as it was just before a commit, and all leaders are gone: the number in the lease is as high as any
+    /// that servers have heard, and only what they store says that there was more.
+    pub(super) fn restored_unnoticed(&mut self, dice: &mut Dice) {
+        self.setup.operators = 2;
+        self.attach(SECOND, 0);
+        self.asks(dice, 0, (2 * SECOND, BEGIN + 24 * SECOND), 40_000, (6, 2));
+        for n in 0..3 {
+            let at_us = BEGIN + n * 8 * SECOND;
+            let later_us = dice.within(0, 60_000);
+            let back_ms = later_us / 1_000 + dice.within(15, 250);
+            let restore = Fault::RestoreApi { back_ms, versions: true };
+            let mut kill = |operator| Fault::KillOperator { operator, down_ms: dice.within(20, 300) };
+            let gone = both(kill(0), both(kill(1), Fault::LoseLease));
+            self.fault(at_us, timed(Moment::Leader(LeaderStep::Committed), later_us, both(restore, gone)));
+            let (servers, down_ms) = (vec![dice.index(2)], dice.within(1_500, 3_000));
+            self.fault(at_us + 1, Fault::StopServers { servers, power: false, down_ms });
+        }
+    }
 }
