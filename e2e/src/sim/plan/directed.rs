@@ -22,9 +22,10 @@ type Chain = fn(&mut Scene, &mut Dice);
 
 /// All of them, each once, then again those that find their fault less often. They take turns, so that any few hundred
 /// seeds play each a like number of times.
-const CHAINS: [Chain; 55] = [
+const CHAINS: [Chain; 57] = [
     Scene::late_word,
     Scene::listed_while_written,
+    Scene::lease_outlived,
     Scene::undone,
     Scene::half_settled,
     Scene::late_commands,
@@ -77,6 +78,7 @@ const CHAINS: [Chain; 55] = [
     Scene::listed_and_given_up,
     Scene::broken_together,
     Scene::written_while_settled,
+    Scene::lease_outlived,
     Scene::half_settled,
 ];
 
@@ -162,7 +164,8 @@ impl Scene {
     /// Client 1, there already or new, writes; client 0 reads.
     fn lease(&mut self, dice: &mut Dice) {
         self.setup.multi_session = true;
-        let apart = dice.index(2);
+        // Server 0 is the one that is read.
+        let apart = usize::from(dice.chance(1, 8));
         let (member, other) = (Host::Server(apart), Host::Server(1 - apart));
         let rest = vec![other, Host::Operator(0), Host::Api, Host::Driver(1)];
         self.attach(SECOND, 0);
@@ -176,6 +179,22 @@ impl Scene {
         self.asks(dice, 0, (2 * SECOND, 5 * SECOND), 50_000, (5, 1));
         self.asks(dice, 0, (5 * SECOND, 25 * SECOND), 25_000, (0, 0));
         self.asks(dice, 1, (BEGIN + 2 * SECOND, 25 * SECOND), 25_000, (8, 1));
+    }
+
+    /// R5: client 0 is left with the member that is left out, which it reads as long as its lease lasts; client 1 writes as
+    /// soon as it may.
+    fn lease_outlived(&mut self, dice: &mut Dice) {
+        (self.setup.multi_session, self.setup.groups, self.setup.blocks) = (true, 1, 32);
+        let rest = vec![Host::Server(1), Host::Operator(0), Host::Api, Host::Driver(1)];
+        self.attach(SECOND, 0);
+        let early = dice.chance(1, 3);
+        self.attach(if early { 2 * SECOND } else { BEGIN + dice.within(2_500_000, 4 * SECOND) }, 1);
+        self.asks(dice, 0, (2 * SECOND, 4 * SECOND), 50_000, (6, 1));
+        self.fault(BEGIN, Fault::Cut { from: vec![Host::Server(0)], to: rest.clone(), both: true, ms: 24_000 });
+        let cut = Fault::Cut { from: vec![Host::Driver(0)], to: rest, both: true, ms: 16_000 };
+        self.fault(BEGIN + dice.within(2_200_000, 3_200_000), cut);
+        self.asks(dice, 0, (4 * SECOND, BEGIN + 14 * SECOND), 10_000, (0, 0));
+        self.asks(dice, 1, (BEGIN + 3 * SECOND, BEGIN + 14 * SECOND), 10_000, (9, 0));
     }
 
     /// M7: a reply of the member that stays is on its way for longer than the operator waits for the lease.

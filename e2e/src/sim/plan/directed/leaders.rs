@@ -86,12 +86,13 @@ impl Scene {
         for n in 0..20 {
             let at_us = BEGIN + n * SECOND;
             let (block, other) = (dice.below(4), dice.below(4));
-            for k in 0..60 {
+            for k in 0..240 {
                 let block = if k % 4 == 3 { other } else { block };
-                self.act(at_us + k * 12_000, Action::Ask { client: 0, ask: Ask::Write(block, 1) });
+                self.act(at_us + k * 2_500, Action::Ask { client: 0, ask: Ask::Write(block, 1) });
             }
-            self.fault(at_us + dice.within(5_000, 100_000), Fault::Break { pick: 0 });
-            self.fault(at_us + dice.within(200_000, 400_000), Fault::Break { pick: 0 });
+            for k in 0..3 {
+                self.fault(at_us + k * 180_000 + dice.within(5_000, 100_000), Fault::Break { pick: 0 });
+            }
         }
         self.setup.heal_at_us = BEGIN + 22 * SECOND;
     }
