@@ -22,7 +22,7 @@ type Chain = fn(&mut Scene, &mut Dice);
 
 /// All of them, each once, then again those that find their fault less often. They take turns, so that any few hundred
 /// seeds play each a like number of times.
-const CHAINS: [Chain; 57] = [
+const CHAINS: [Chain; 61] = [
     Scene::late_word,
     Scene::listed_while_written,
     Scene::lease_outlived,
@@ -34,6 +34,8 @@ const CHAINS: [Chain; 57] = [
     |scene, dice| scene.crash_after(dice, Moment::Filled),
     Scene::given_back,
     Scene::restored_unnoticed,
+    Scene::read_given_back,
+    Scene::shared_loss,
     Scene::discarded_while_away,
     Scene::listed_and_given_up,
     Scene::handled,
@@ -79,6 +81,8 @@ const CHAINS: [Chain; 57] = [
     Scene::broken_together,
     Scene::written_while_settled,
     Scene::lease_outlived,
+    Scene::read_given_back,
+    Scene::shared_loss,
     Scene::half_settled,
 ];
 

@@ -128,12 +128,13 @@ impl Scene {
             let stop = |down_ms| Fault::StopServers { servers: vec![0, 1], power: true, down_ms };
             self.fault(at_us, stop(dice.within(100, 600)));
             self.fault(at_us, Fault::SlowDisk { server: 0, extra_us: 60_000, ms: 14_000 });
-            if dice.chance(3, 4) {
+            if dice.chance(7, 8) {
                 let off = Fault::PowerOffClient { client: 0, down_ms: dice.within(100, 500) };
                 let fault = both(off, stop(dice.within(100, 600)));
-                self.fault(at_us, timed(Moment::Handled, dice.within(10_000, 80_000), fault));
+                self.fault(at_us, timed(Moment::Handled, dice.within(20_000, 200_000), fault));
             }
-            self.asks_over_all(dice, (at_us + 100_000, at_us + 14 * SECOND), 500_000, (0, 0));
+            // Some are asked when the loss is known and not handled yet.
+            self.asks_over_all(dice, (at_us + 100_000, at_us + 14 * SECOND), 120_000, (0, 0));
         }
         self.setup.heal_at_us = BEGIN + 30 * SECOND;
     }
@@ -189,6 +190,53 @@ impl Scene {
             let stop = Fault::StopServers { servers: vec![0, 1], power: true, down_ms: dice.within(50, 500) };
             self.fault(at_us, timed(Moment::TookOver, dice.within(700, 6_000), both(off, stop)));
         }
+    }
+
+    /// §4.5: a read waits for its lease, a write of the same block is on server 0 alone; a successor is given both back, and
+    /// then that write is undone, for nobody is left to do it again.
+    pub(super) fn read_given_back(&mut self, dice: &mut Dice) {
+        self.attach(SECOND, 0);
+        self.asks(dice, 0, (2 * SECOND, 3 * SECOND), 30_000, (6, 2));
+        for n in 0..2 {
+            // Later than a lease lasts.
+            let at_us = BEGIN + 3 * SECOND + n * 15 * SECOND;
+            let block = dice.below(16);
+            let mut ask = |later_us, ask| self.act(at_us + later_us, Action::Ask { client: 0, ask });
+            ask(1_000, Ask::Read(block, 1));
+            ask(3_000, Ask::Write(block, 1));
+            for n in 0..8 {
+                ask(3 * SECOND + n * 500_000, Ask::Read(block, 1));
+            }
+            let cut_ms = dice.within(60, 120);
+            let (from, to) = (vec![Host::Driver(0)], vec![Host::Server(1)]);
+            self.fault(at_us, Fault::Cut { from, to, both: true, ms: cut_ms });
+            let extra_us = dice.within(100_000, 300_000);
+            self.fault(at_us, Fault::SlowDisk { server: 1, extra_us, ms: 2_500 });
+            self.fault(at_us + 20_000, Fault::KillDriver { client: 0, down_ms: cut_ms });
+            let off = Fault::PowerOffClient { client: 0, down_ms: dice.within(1, 300) };
+            let stop = Fault::StopServers { servers: vec![0], power: true, down_ms: 5_000 };
+            self.fault(at_us, timed(Moment::TookOver, dice.within(2_000, 20_000), both(off, stop)));
+        }
+        self.setup.heal_at_us = BEGIN + 30 * SECOND;
+    }
+
+    /// H5: all lose power while drivers of a shared volume live that have writes not flushed, and flush then.
+    pub(super) fn shared_loss(&mut self, dice: &mut Dice) {
+        self.pages(4);
+        self.setup.multi_session = true;
+        self.attach(SECOND, 0);
+        if dice.chance(1, 2) {
+            self.attach(SECOND, 1);
+        }
+        for n in 0..2 {
+            let at_us = BEGIN + n * 14 * SECOND;
+            self.asks_over_all(dice, (at_us - 400_000, at_us), 8_000, (10, 0));
+            let stop = Fault::StopServers { servers: vec![0, 1], power: true, down_ms: dice.within(100, 600) };
+            self.fault(at_us, stop);
+            self.asks_over_all(dice, (at_us + 100_000, at_us + 3 * SECOND), 200_000, (0, 10));
+            self.asks_over_all(dice, (at_us + 3 * SECOND, at_us + 9 * SECOND), 80_000, (0, 0));
+        }
+        self.setup.heal_at_us = BEGIN + 28 * SECOND;
     }
 
     /// R8: devices that are nearly full, connections that break, and servers that come back.
@@ -251,6 +299,10 @@ impl Scene {
             let at_us = BEGIN + n * 6 * SECOND;
             let stop = Fault::StopServers { servers: vec![1], power: dice.chance(1, 2), down_ms: dice.within(10, 200) };
             self.fault(at_us, stop);
+            if dice.chance(1, 2) {
+                // What its source reads for it is old when it comes.
+                self.fault(at_us, Fault::SlowDisk { server: 0, extra_us: dice.within(30_000, 150_000), ms: 3_000 });
+            }
             if self.setup.multi_session {
                 // A change of the map comes between.
                 self.fault(at_us, Fault::SlowDisk { server: 1, extra_us: dice.within(20_000, 150_000), ms: 4_000 });
