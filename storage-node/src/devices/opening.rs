@@ -7,6 +7,13 @@ use lamina_protocol::ids::{ClusterId, DeviceId, ServerId};
 use lamina_protocol::storage_server::medium::Opened;
 use std::io::ErrorKind;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// A killed process's ring lets go of a device some moments after the process is gone. So long a device that is busy is
+/// tried again before that is said: a server that is restarted at once serves at once.
+const LETS_GO: Duration = Duration::from_secs(2);
+/// Between two tries meanwhile.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// Why a device is not open.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,7 +28,6 @@ impl From<DeviceError> for Failure {
     fn from(error: DeviceError) -> Self {
         let state = match &error {
             DeviceError::Io { source, .. } if source.kind() == ErrorKind::NotFound => DeviceState::Missing,
-            // A process that was killed lets go of it in a moment.
             DeviceError::Busy | DeviceError::Io { .. } => DeviceState::Failed,
             _ => DeviceState::Refused,
         };
@@ -42,7 +48,7 @@ pub(crate) fn id() -> u128 {
 pub(super) fn find_identity(paths: &[PathBuf], cluster: ClusterId) -> Result<ServerId, String> {
     let mut unseen = None;
     for path in paths {
-        match store::probe(path) {
+        match once_let_go(|| store::probe(path)) {
             Ok(Found::Ours { cluster: found, server, .. }) if found == cluster => return Ok(server),
             Ok(_) => {}
             Err(error @ (DeviceError::Busy | DeviceError::Io { .. })) => {
@@ -59,9 +65,25 @@ pub(super) fn find_identity(paths: &[PathBuf], cluster: ClusterId) -> Result<Ser
 
 /// Formats what is blank and opens it.
 pub(super) fn open(spec: &DeviceSpec, options: &OpenOptions) -> Result<(Box<Recovered>, Opened), Failure> {
-    prepare(spec, options.identity)?;
-    let (recovered, opened) = store::open(&spec.path, options)?;
+    let (recovered, opened) = once_let_go(|| {
+        prepare(spec, options.identity)?;
+        store::open(&spec.path, options)
+    })?;
     Ok((Box::new(recovered), opened))
+}
+
+/// Tries again while the device is busy, for [`LETS_GO`].
+fn once_let_go<T>(attempt: impl Fn() -> Result<T, DeviceError>) -> Result<T, DeviceError> {
+    let began = Instant::now();
+    loop {
+        match attempt() {
+            Err(DeviceError::Busy) if began.elapsed() < LETS_GO => {
+                // sleep: nothing says when a lock is let go; bounded, on a thread of its own.
+                std::thread::sleep(PAUSE);
+            }
+            done => return done,
+        }
+    }
 }
 
 fn prepare(spec: &DeviceSpec, identity: Identity) -> Result<(), DeviceError> {
@@ -93,4 +115,44 @@ pub(super) fn grow(spec: &DeviceSpec) -> Result<(), DeviceError> {
     let Some(wanted) = spec.size else { return Ok(()) };
     let is_smaller = std::fs::metadata(&spec.path).is_ok_and(|file| file.is_file() && file.len() < wanted);
     if is_smaller { store::grow_file(&spec.path, wanted) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use lamina_protocol::ids::BootId;
+    use rustix::fs::FlockOperation;
+
+    /// Opens a new device that another process holds for so long.
+    fn opened_while_held(held: Duration) -> Result<(Box<Recovered>, Opened), Failure> {
+        let dir = tempfile::tempdir().unwrap();
+        let identity = Identity { cluster: ClusterId(1), server: ServerId(2) };
+        let path = dir.path().join("a.img");
+        let spec = DeviceSpec { path: path.clone(), atomic4k: None, format: false, size: Some(store::MIN_DEVICE_BYTES) };
+        let options = OpenOptions { identity, boot: BootId(3), atomic4k: None };
+        drop(open(&spec, &options).unwrap());
+        let holder = std::fs::File::open(&path).unwrap();
+        rustix::fs::flock(&holder, FlockOperation::NonBlockingLockExclusive).unwrap();
+        let letting_go = std::thread::spawn(move || {
+            // sleep: what is tested is a device that is held for a while.
+            std::thread::sleep(held);
+            drop(holder);
+        });
+        let result = open(&spec, &options);
+        letting_go.join().unwrap();
+        result
+    }
+
+    #[test]
+    fn a_device_that_a_killed_process_still_holds_is_waited_for() {
+        assert!(opened_while_held(Duration::from_millis(300)).is_ok());
+    }
+
+    #[test]
+    fn a_device_that_stays_busy_is_said_to_be() {
+        let failure = opened_while_held(LETS_GO + Duration::from_secs(2)).map(drop).unwrap_err();
+        assert_eq!(failure.state, DeviceState::Failed);
+        assert!(failure.reason.contains("busy"), "{}", failure.reason);
+    }
 }
