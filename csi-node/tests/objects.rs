@@ -11,17 +11,20 @@ use lamina_csi_api::name::VolumeHandle;
 use lamina_csi_node::objects::kubernetes::KubeObjects;
 use lamina_csi_node::objects::{ObjectError, VolumeObjects};
 use lamina_protocol::ids::Generation;
+use lamina_protocol::map::VolumeMap;
 use lamina_test_apiserver::TestApiServer;
 use serde_json::{Value, json};
 use std::time::Duration;
 
 const HANDLE: u128 = 0xabc;
+/// The API server's own watches end after some minutes, and that is not what is waited for.
+const PATIENCE: Duration = Duration::from_secs(45);
 
 struct Cluster {
     client: Client,
     volumes: Api<Volume>,
     objects: KubeObjects,
-    _server: TestApiServer,
+    server: TestApiServer,
 }
 
 impl Cluster {
@@ -35,7 +38,7 @@ impl Cluster {
             await_condition(crds.clone(), &name, conditions::is_crd_established()).await.unwrap();
         }
         let (volumes, objects) = (Api::all(client.clone()), KubeObjects::new(client.clone()));
-        Some(Self { client, volumes, objects, _server: server })
+        Some(Self { client, volumes, objects, server })
     }
 
     async fn create(&self, name: &str, id: u128) {
@@ -149,4 +152,27 @@ async fn maps_are_followed_by_the_volumes_id_and_only_forward() {
     assert_eq!(objects.find(VolumeHandle::new(77)).await.unwrap(), None);
     drop(followed);
     assert!(maps.changed().await.is_err(), "nobody follows it any more");
+}
+
+#[tokio::test]
+async fn r6_maps_are_followed_on_when_the_api_server_went_back_to_an_old_copy_and_never_backward() {
+    let Some(mut cluster) = Cluster::start("r6_maps_are_followed_on").await else { return };
+    cluster.create("db", HANDLE).await;
+    cluster.status("db", map(3, &[1])).await;
+    let saved = cluster.server.save().await.unwrap();
+    let followed = cluster.objects.follow(handle());
+    let mut maps = followed.maps.clone();
+    // Versions rise beyond those that the restored server will give for long.
+    for generation in 4..=12 {
+        cluster.status("db", map(generation, &[1])).await;
+    }
+    let of =
+        |generation: u64| move |map: &Option<VolumeMap>| map.as_ref().is_some_and(|m| m.generation.0 == generation);
+    tokio::time::timeout(PATIENCE, maps.wait_for(of(12))).await.expect("the watch brings it").unwrap();
+
+    cluster.server.restore(&saved).await.unwrap();
+    maps.mark_unchanged();
+    cluster.status("db", map(13, &[1])).await;
+    tokio::time::timeout(PATIENCE, maps.changed()).await.expect("it is listed anew").unwrap();
+    assert_eq!(maps.borrow().as_ref().map(|map| map.generation), Some(Generation(13)), "the old map is not told");
 }

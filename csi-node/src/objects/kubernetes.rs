@@ -13,10 +13,13 @@ use lamina_csi_api::name::VolumeHandle;
 use lamina_protocol::ids::SessionId;
 use lamina_protocol::map::VolumeMap;
 use serde_json::json;
+use std::time::Duration;
 use tokio::sync::watch;
 
 /// Who writes `status.filesystem`.
 const FIELD_MANAGER: &str = "lamina-csi-node";
+/// Between two tries to watch, at first and at most.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
 /// The leader writes status too; a change that was overtaken so often in a row is given up.
 const MAX_CONFLICTS: usize = 32;
 
@@ -105,18 +108,26 @@ fn readable_map(object: &Volume) -> Option<VolumeMap> {
     map.inspect_err(|error| tracing::error!(volume = object.name_any(), %error, "unreadable map: not used")).ok()?
 }
 
-/// Hand on every newer map until nobody listens.
+/// Hand on every newer map until nobody listens. A watch that broke begins anew with a list: the API server may come back
+/// with an older state (R6), whose changes a watch from a later version would not tell.
 async fn follow(api: Api<Volume>, volume: VolumeHandle, newest: watch::Sender<Option<VolumeMap>>) {
     let config = watcher::Config::default().fields(&selector(volume));
-    let mut objects = watcher(api, config).default_backoff().applied_objects().boxed();
-    while let Some(object) = objects.next().await {
-        let object = match object {
-            Ok(object) => object,
-            Err(error) => {
+    let from_a_list = || watcher(api.clone(), config.clone()).applied_objects().boxed();
+    let (mut objects, mut pause) = (from_a_list(), PAUSES.0);
+    loop {
+        let object = match objects.next().await {
+            Some(Ok(object)) => object,
+            Some(Err(error)) => {
                 tracing::warn!(%volume, %error, "watch of the Volume broke; it is begun anew");
+                // sleep: back-off after the API server refused; it says nothing when it would not.
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(PAUSES.1);
+                objects = from_a_list();
                 continue;
             }
+            None => return,
         };
+        pause = PAUSES.0;
         let Some(map) = readable_map(&object) else { continue };
         newest.send_if_modified(|known| {
             let newer = known.as_ref().is_none_or(|known| map.generation > known.generation);
