@@ -7,6 +7,8 @@ mod loops;
 #[allow(dead_code)] // Shared with the other test program.
 #[path = "serving/process.rs"]
 mod process;
+#[path = "kubernetes/stale.rs"]
+mod stale;
 #[allow(dead_code)] // Shared with the other test program.
 #[path = "serving/world.rs"]
 mod world;
