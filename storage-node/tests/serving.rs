@@ -3,6 +3,8 @@
 //! Invariant of every test: what it starts ends with it, also when it fails.
 #![allow(clippy::unwrap_used)]
 
+#[path = "serving/counted.rs"]
+mod counted;
 #[path = "serving/devices.rs"]
 mod devices;
 #[path = "serving/driven.rs"]

@@ -3,6 +3,7 @@
 
 use super::*;
 use bytes::Bytes;
+use counted::{CONFIRM, Counted, FLUSH, HANDLED, PING, READ, WRITE};
 use lamina_client::block::{BlockError, BlockOp, BlockRequest, BlockResult, BlockTarget, Completions};
 use lamina_client::runtime::{Options, SteadyClock, Volume};
 use lamina_protocol::control::DriverReport;
@@ -11,63 +12,14 @@ use lamina_protocol::ids::{BootId, CopyId, ServerId};
 use lamina_protocol::limits::KEPT_WRITES_BYTES;
 use lamina_protocol::map::{Group, VolumeMap};
 use lamina_protocol::wire::Start;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 use world::{CLUSTER, SESSION};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 const CHUNK: u64 = 64 << 10;
-
-/// Passes every connection on and counts its bytes, both ways.
-struct Counted {
-    address: SocketAddr,
-    bytes: Arc<AtomicU64>,
-    connections: Arc<AtomicU64>,
-    task: tokio::task::JoinHandle<()>,
-}
-
-impl Counted {
-    async fn before(to: SocketAddr) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let (bytes, connections) = (Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());
-        let (counted, opened) = (bytes.clone(), connections.clone());
-        let task = tokio::spawn(async move {
-            while let Ok((near, _)) = listener.accept().await {
-                opened.fetch_add(1, Ordering::SeqCst);
-                let Ok(far) = TcpStream::connect(to).await else { continue };
-                let ((near_in, near_out), (far_in, far_out)) = (near.into_split(), far.into_split());
-                tokio::spawn(pass(near_in, far_out, counted.clone()));
-                tokio::spawn(pass(far_in, near_out, counted.clone()));
-            }
-        });
-        Self { address, bytes, connections, task }
-    }
-
-    fn bytes(&self) -> u64 {
-        self.bytes.load(Ordering::SeqCst)
-    }
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
-
-async fn pass(mut from: impl AsyncReadExt + Unpin, mut to: impl AsyncWriteExt + Unpin, counted: Arc<AtomicU64>) {
-    let mut buffer = vec![0; 64 << 10];
-    while let Ok(count @ 1..) = from.read(&mut buffer).await {
-        counted.fetch_add(count as u64, Ordering::SeqCst);
-        if to.write_all(&buffer[..count]).await.is_err() {
-            return;
-        }
-    }
-}
 
 struct Answers(mpsc::UnboundedSender<BlockResult>);
 
@@ -215,28 +167,49 @@ async fn kill_9_of_a_server_during_writes_loses_no_acknowledged_write_and_both_c
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn no_io_before_the_first_map_then_stripes_evenly_and_nothing_to_the_leader() {
-    let dir = tempfile::tempdir().unwrap();
-    let (servers, mut leaders, boots) = pair(dir.path()).await;
-    let data = [Counted::before(servers[0].block).await, Counted::before(servers[1].block).await];
+/// A map of one group on each of two servers, which are reached through the counters.
+async fn striped(
+    servers: &[Process; 2],
+    leaders: &mut [Leader; 2],
+    boots: [BootId; 2],
+    data: &[Counted; 2],
+) -> VolumeMap {
     let ids = [leaders[0].server, leaders[1].server];
-    let mut striped = map(1, &rows(&servers, ids, boots, MemberState::Active));
+    let mut striped = map(1, &rows(servers, ids, boots, MemberState::Active));
     let members = std::mem::take(&mut striped.placements[0].groups[0].members);
     let of = |member| Group { members: vec![member], ..striped.placements[0].groups[0].clone() };
     striped.placements[0].groups = members.into_iter().map(of).collect();
     striped.layers[0].chunk_bytes = CHUNK as u32;
-    for (server, counted) in striped.servers.iter_mut().zip(&data) {
+    for (server, counted) in striped.servers.iter_mut().zip(data) {
         server.addresses = vec![counted.address.to_string()];
     }
     // The second server's copy is that of group 1.
     leaders[1].put_copy_of_group(CopyId(0x99), 1).await;
     striped.placements[0].groups[1].members[0].copy = CopyId(0x99);
+    striped
+}
+
+/// Writes and reads each chunk of the volume, then flushes.
+async fn write_and_read_all(attached: &Attached) {
+    for chunk in 0..(8 << 20) / CHUNK {
+        attached.write(chunk * CHUNK, vec![3; CHUNK as usize]).await;
+        let read = BlockOp::Read { address: chunk * CHUNK, length: CHUNK as u32 };
+        assert_eq!(attached.ask(read).await.unwrap().len(), CHUNK as usize);
+    }
+    assert_eq!(attached.ask(BlockOp::Flush).await, Ok(Bytes::new()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_io_before_the_first_map_then_stripes_evenly_and_nothing_to_the_leader() {
+    let dir = tempfile::tempdir().unwrap();
+    let (servers, mut leaders, boots) = pair(dir.path()).await;
+    let data = [Counted::before(servers[0].block).await, Counted::before(servers[1].block).await];
+    let striped = striped(&servers, &mut leaders, boots, &data).await;
 
     let mut attached = Attached::open(None);
-    let write = |address: u64| BlockOp::Write { address, payload: vec![3; CHUNK as usize].into(), fua: false };
-    assert_eq!(attached.ask(write(0)).await, Err(BlockError::Invalid), "a volume of no size yet");
-    assert!(data.iter().all(|counted| counted.connections.load(Ordering::SeqCst) == 0), "nobody was called");
+    let write = BlockOp::Write { address: 0, payload: vec![3; CHUNK as usize].into(), fua: false };
+    assert_eq!(attached.ask(write).await, Err(BlockError::Invalid), "a volume of no size yet");
+    assert!(data.iter().all(|counted| counted.connections() == 0), "nobody was called");
 
     for leader in &mut leaders {
         serve(leader, &striped).await;
@@ -245,20 +218,64 @@ async fn no_io_before_the_first_map_then_stripes_evenly_and_nothing_to_the_leade
     assert!(timeout(PATIENCE, attached.volume.served()).await.unwrap().serving);
     let before = [data[0].bytes(), data[1].bytes()];
     let heard = [leaders[0].heard(), leaders[1].heard()];
-    for chunk in 0..(8 << 20) / CHUNK {
-        assert_eq!(attached.ask(write(chunk * CHUNK)).await, Ok(Bytes::new()));
-        let read = BlockOp::Read { address: chunk * CHUNK, length: CHUNK as u32 };
-        assert_eq!(attached.ask(read).await.unwrap().len(), CHUNK as usize);
-    }
-    assert_eq!(attached.ask(BlockOp::Flush).await, Ok(Bytes::new()));
+    write_and_read_all(&attached).await;
     let moved = [data[0].bytes() - before[0], data[1].bytes() - before[1]];
     let (least, most) = (moved[0].min(moved[1]), moved[0].max(moved[1]));
     assert!(least >= 8 << 20, "half of the reads and writes went to each: {moved:?}");
     assert!(most - least <= least / 100, "stripes are even within 1 %: {moved:?}");
+    nothing_was_said(&mut attached, &mut leaders, heard).await;
+}
+
+/// The driver reported nothing, and the servers said nothing unasked to their leader.
+async fn nothing_was_said(attached: &mut Attached, leaders: &mut [Leader; 2], heard: [usize; 2]) {
     assert!(attached.reports.try_recv().is_err(), "the driver has nothing to report");
     // An answer to a last question comes behind whatever else a server said meanwhile.
     for (leader, heard) in leaders.iter_mut().zip(heard) {
         leader.heartbeat().await;
         assert_eq!(leader.heard(), heard, "a server said something to the leader unasked");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn steady_io_is_reads_writes_flushes_confirmations_and_pings_and_handled_is_said_once_for_a_loss() {
+    let dir = tempfile::tempdir().unwrap();
+    let (servers, mut leaders, boots) = pair(dir.path()).await;
+    let data = [Counted::before(servers[0].block).await, Counted::before(servers[1].block).await];
+    let first = striped(&servers, &mut leaders, boots, &data).await;
+    for leader in &mut leaders {
+        serve(leader, &first).await;
+    }
+    let mut attached = Attached::served(first.clone()).await;
+    write_and_read_all(&attached).await;
+
+    // What the operator commits after all members of a group restarted (R2).
+    let mut lost = first;
+    lost.generation = Generation(2);
+    lost.placements[0].groups[0].loss = Generation(2);
+    for leader in &mut leaders {
+        serve(leader, &lost).await;
+    }
+    attached.maps.send_replace(Some(lost));
+    write_and_read_all(&attached).await;
+    let said = data.each_ref().map(|counted| counted.take_kinds().get(&HANDLED).copied());
+    assert_eq!(said, [Some(1), Some(1)], "each holder of a copy hears it, once");
+
+    // What was said before: a server that heard of the new map from the driver first asks for it.
+    for leader in &mut leaders {
+        leader.heartbeat().await;
+    }
+    let heard = [leaders[0].heard(), leaders[1].heard()];
+    for _ in 0..3 {
+        write_and_read_all(&attached).await;
+        // sleep: an idle driver confirms by itself.
+        tokio::time::sleep(Duration::from_millis(1500)).await;
+    }
+    for counted in &data {
+        let kinds = counted.take_kinds();
+        assert!(kinds.get(&WRITE).is_some_and(|count| *count >= 3 * 64), "half of the chunks, three times: {kinds:?}");
+        // A ping: the first read after idleness asks who still serves (R5).
+        let all_steady = kinds.keys().all(|kind| [READ, WRITE, FLUSH, CONFIRM, PING].contains(kind));
+        assert!(all_steady, "steady I/O is nothing but this: {kinds:?}");
+    }
+    nothing_was_said(&mut attached, &mut leaders, heard).await;
 }
