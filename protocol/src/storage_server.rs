@@ -22,7 +22,7 @@
 // A refusal is a reply that is moved once, off the hot path; boxing it would only hide that it is a value.
 #![allow(clippy::result_large_err, clippy::large_enum_variant)]
 
-use crate::ids::{BootId, ClusterId, CopyId, DeviceId, ServerId, VolumeId};
+use crate::ids::{BootId, ClusterId, CopyId, DeviceId, ServerId, SessionId, VolumeId};
 use crate::layer::PageKey;
 use crate::time::Millis;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -107,6 +107,8 @@ struct Device {
     records: BTreeMap<PageKey, PageRecord>,
     evicted: Option<PageKey>,
     pages: BTreeMap<PageKey, PageQueue>,
+    /// Pages whose slots are there because these sessions asked, and not written since (R8); no more than it has slots.
+    reserved: BTreeMap<PageKey, BTreeSet<SessionId>>,
 }
 
 /// What a timer is for.
@@ -254,6 +256,7 @@ impl StorageServer {
             records: BTreeMap::new(),
             evicted: None,
             pages: BTreeMap::new(),
+            reserved: BTreeMap::new(),
         };
         self.devices.insert(opened.boot, device);
     }

@@ -199,6 +199,12 @@ pub enum RequestBody {
         /// Which.
         pages: Vec<(LayerId, (u32, u64))>,
     },
+    /// The opener will not write these pages now `(layer, (group, page))`: slots that only a `Reserve` made are free again
+    /// (R8).
+    Release {
+        /// Which.
+        pages: Vec<(LayerId, (u32, u64))>,
+    },
     /// Answered with [`ReplyBody::Map`].
     GetMap,
     /// Answered if a read would be served (R5).
@@ -404,6 +410,7 @@ wire_enum!(RequestBody {
     15 = Settle { layer, group, page },
     16 = Suspects { layer, group },
     17 = Written { layer, group, from },
+    18 = Release { pages },
 });
 wire_enum!(ReplyBody {
     1 = Hello { server, version, features, max_frame_bytes, window_requests, window_bytes },

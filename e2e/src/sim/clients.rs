@@ -558,6 +558,7 @@ impl World {
             }
             RequestBody::Adopt { .. } => self.adopts(process),
             RequestBody::Reserve { .. } => self.counters.count("reached: a reservation"),
+            RequestBody::Release { .. } => self.counters.count("room given back"),
             _ => {}
         }
     }

@@ -94,9 +94,14 @@ impl DiskPage {
         if on(Mutant::EntryForgotten) && self.cells.iter().all(blank) {
             return self.pending || self.unsynced;
         }
+        self.slot || self.unsynced || self.pending || self.missed != 0 || self.holds_something()
+    }
+
+    /// Whether a block of it is, or may be after a crash, other than absent.
+    fn holds_something(&self) -> bool {
         let holds =
             |cell: &Cell| cell.current().state != BlockState::Absent || cell.durable.state != BlockState::Absent;
-        self.slot || self.unsynced || self.pending || self.missed != 0 || self.cells.iter().any(holds)
+        self.cells.iter().any(holds)
     }
 }
 
@@ -254,6 +259,7 @@ impl Disk {
             MediumOp::Write { page, first, data } => self.write(page, first, &data),
             MediumOp::Shape { page, changes } => self.shape(page, &changes),
             MediumOp::Allocate(pages) => self.allocate(&pages),
+            MediumOp::Release(pages) => self.release(&pages),
             MediumOp::NextPage { copy, layer, from } => {
                 let next = self
                     .pages
@@ -368,6 +374,15 @@ impl Disk {
         MediumAnswer::Done
     }
 
+    fn release(&mut self, pages: &[PageKey]) -> MediumAnswer {
+        for key in pages {
+            if let Some(page) = self.pages.get_mut(key) {
+                page.slot &= page.holds_something();
+            }
+        }
+        MediumAnswer::Done
+    }
+
     fn flush(&mut self, covers: u64) {
         for cell in self.pages.values_mut().flat_map(|p| &mut p.cells) {
             let flushed = cell.later.partition_point(|(effect, _)| *effect <= covers);
@@ -452,7 +467,7 @@ fn touched(what: &MediumOp) -> (Vec<PageKey>, bool) {
         | MediumOp::Read { page, .. }
         | MediumOp::Write { page, .. }
         | MediumOp::Shape { page, .. } => (vec![*page], false),
-        MediumOp::Allocate(pages) => (pages.clone(), false),
+        MediumOp::Allocate(pages) | MediumOp::Release(pages) => (pages.clone(), false),
         MediumOp::NextPage { .. } | MediumOp::Flush => (Vec::new(), false),
         MediumOp::Commit(records) => {
             let pages: Vec<_> = records.iter().filter_map(records::page_of).collect();

@@ -243,7 +243,9 @@ impl World {
         let took = match &what {
             MediumOp::Commit(_) => self.dice.within(60, 600),
             MediumOp::Flush => self.dice.within(100, 2_500),
-            MediumOp::Load(_) | MediumOp::NextPage { .. } | MediumOp::Allocate(_) => self.dice.within(1, 40),
+            MediumOp::Load(_) | MediumOp::NextPage { .. } | MediumOp::Allocate(_) | MediumOp::Release(_) => {
+                self.dice.within(1, 40)
+            }
             _ => self.dice.within(20, 250),
         };
         let slow = if extra > 0 { self.dice.within(0, extra) } else { 0 };

@@ -52,6 +52,12 @@ impl Medium {
             }
             MediumOp::Commit(records) => records.into_iter().for_each(|record| self.commit(record)),
             MediumOp::Allocate(pages) => pages.into_iter().for_each(|page| self.entry(page).0.allocated = true),
+            MediumOp::Release(pages) => {
+                for page in pages {
+                    let record = &mut self.entry(page).0;
+                    record.allocated = !record.blocks.all(BlockState::Absent);
+                }
+            }
             MediumOp::Flush => {}
         }
         MediumAnswer::Done

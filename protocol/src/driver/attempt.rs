@@ -255,7 +255,12 @@ impl Driver {
     /// No frame of a failed attempt is outstanding any longer.
     fn settle_setback(&mut self, id: OpId, setback: Setback) {
         match setback {
-            Setback::Fail(error) => self.fail(id, error),
+            Setback::Fail(error) => {
+                if error == OpError::NoSpace {
+                    self.give_room_back(id);
+                }
+                self.fail(id, error);
+            }
             Setback::Hold(hold) => {
                 let met = self.is_met(id, hold);
                 let op = self.ops.get_mut(&id).expect("the caller found it");

@@ -78,6 +78,8 @@ pub(super) type OpenKey = (Incarnation, OpenNumber);
 pub(super) enum What {
     Open(OpenKey),
     Ping,
+    /// Room that another member lacked is given back (R8): nothing waits for the answer.
+    Release,
     Read(ReadPart),
     Written(WrittenPart),
     /// Any other frame of an attempt.
@@ -94,7 +96,7 @@ impl What {
             Self::Read(part) => Some((part.op, part.attempt)),
             Self::Written(part) => Some((part.op, part.attempt)),
             Self::Part { op, attempt } => Some((*op, *attempt)),
-            Self::Open(_) | Self::Ping => None,
+            Self::Open(_) | Self::Ping | Self::Release => None,
         }
     }
 }

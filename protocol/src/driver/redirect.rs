@@ -59,6 +59,8 @@ impl Driver {
             Some((op, attempt)) => self.part_answered(server, op, attempt, sent, frame),
             None => match sent.what {
                 What::Open(key) => self.open_answered(server, key, sent.generation, frame),
+                What::Release if frame.body.is_success() => {}
+                What::Release => drop(self.setback_of(server, &sent, frame.body, None)),
                 _ => self.ping_answered(server, &sent, frame.body),
             },
         }

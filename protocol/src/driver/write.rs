@@ -121,6 +121,26 @@ impl Driver {
         self.issue(id);
     }
 
+    /// A receiver has no room: what the others have set aside is free again, but for pages that another write asks for.
+    pub(super) fn give_room_back(&mut self, id: OpId) {
+        let view = self.view.clone().expect("the attempt ran under a map");
+        let asking = self.ops.iter().filter(|(other, op)| **other != id && op.state == State::Reserving);
+        let wanted: Vec<PageOf> = asking.flat_map(|(other, _)| self.unpaid_pages(*other, &view)).collect();
+        let mut given: BTreeMap<ServerId, Vec<(LayerId, PageOf)>> = BTreeMap::new();
+        for page in self.unpaid_pages(id, &view).into_iter().filter(|page| !wanted.contains(page)) {
+            for &server in &view.routes[page.0 as usize].writers {
+                given.entry(server).or_default().push((view.layer, page));
+            }
+        }
+        for (server, pages) in given {
+            let body = RequestBody::Release { pages };
+            self.transmit(
+                server,
+                Outgoing { what: What::Release, body, payload: Bytes::new(), seq: crate::ids::Seq(0) },
+            );
+        }
+    }
+
     /// Send the part of a write that starts `at` bytes into it to every writer.
     pub(super) fn issue_write(&mut self, id: OpId, view: &View, at: u64) {
         let op = self.ops.get_mut(&id).expect("the caller found it");

@@ -63,6 +63,9 @@ pub enum MediumOp {
     /// Give each of these pages a slot now, so that a later write cannot fail for space. All or none. The slots live in
     /// memory until the page is written. Answered with [`MediumAnswer::Done`] or [`MediumAnswer::NoSpace`].
     Allocate(Vec<PageKey>),
+    /// Take the slots back that only [`MediumOp::Allocate`] made: pages that were written since keep theirs. Answered with
+    /// [`MediumAnswer::Done`].
+    Release(Vec<PageKey>),
     /// The first page at or after `from` that has an entry (a slot, a block state other than absent, or a flag).
     /// Answered with [`MediumAnswer::NextPage`].
     NextPage {

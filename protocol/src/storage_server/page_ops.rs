@@ -397,7 +397,13 @@ impl StorageServer {
             _ => {}
         }
         let (boot, page) = (exec.boot, exec.page);
-        let record = self.devices.get_mut(&boot).and_then(|d| d.records.get_mut(&page));
+        let device = self.devices.get_mut(&boot);
+        let record = device.and_then(|device| {
+            if matches!(exec.work, Work::Write { .. }) && answer == MediumAnswer::Done {
+                device.reserved.remove(&page); // What was reserved is taken.
+            }
+            device.records.get_mut(&page)
+        });
         match (&mut exec.work, answer) {
             (_, MediumAnswer::NoSpace) => exec.no_space = true,
             (Work::Read { data, bad, .. }, MediumAnswer::Data { data: read, bad: failed }) => {

@@ -424,6 +424,9 @@ impl StorageServer {
             records.push(Record::DropVolume(volume));
         }
         self.forget_records(boot, copy);
+        if let Some(device) = self.devices.get_mut(&boot) {
+            device.reserved.retain(|page, _| page.copy != copy);
+        }
         self.commit_all(volume, BTreeMap::from([(boot, records)]))
     }
 

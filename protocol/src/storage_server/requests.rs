@@ -146,6 +146,7 @@ impl StorageServer {
             }
             RequestBody::Flush => self.flush(to, volume),
             RequestBody::Reserve { pages } => self.reserve(to, volume, &pages),
+            RequestBody::Release { pages } => self.give_back(to, volume, session, &pages),
             RequestBody::Written { layer, group, from } => self.survey(to, volume, (layer, group), from),
             RequestBody::Ping => self.all_serve(to, volume, Needs::Active),
             RequestBody::Confirm => self.simple(to, ReplyBody::Done),

@@ -2,7 +2,8 @@
 //!
 //! Invariant: a page that has a slot is never refused. What is not in memory is looked up before anything is refused for
 //! lack of room; a page that has none is given one only beside the reserve of its device and all that others were promised.
-//! What is reserved here counts neither as credit nor against it: a page that is asked for twice is there once.
+//! What is reserved here counts neither as credit nor against it: a page that is asked for twice is there once. A slot that
+//! was made here and that no write took is free again when all who asked for it have given it back or are out of the map.
 
 use super::compare::Needs;
 use super::handles::ReplyTo;
@@ -10,12 +11,12 @@ use super::medium::{MediumAnswer, MediumOp};
 use super::page_ops::{Exec, ExecId, Work};
 use super::requests::Located;
 use super::{Owner, StorageServer, Violation};
-use crate::ids::{BootId, LayerId, VolumeId};
+use crate::ids::{BootId, LayerId, SessionId, VolumeId};
 use crate::layer::{BLOCK_BYTES, PageKey};
 use crate::limits::SPACE_RESERVE_DIVISOR;
-use crate::wire::{Place, ReplyBody};
+use crate::wire::{Opener, Place, ReplyBody};
 use bytes::Bytes;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Pages that are to have a slot.
 #[derive(Debug)]
@@ -178,10 +179,78 @@ impl StorageServer {
 
     /// The slots are there.
     pub(super) fn reserved(&mut self, reserve: &Reserve) {
-        for (boot, page) in reserve.pages() {
-            if let Some(record) = self.devices.get_mut(&boot).and_then(|d| d.records.get_mut(&page)) {
+        let opener = self.handles.get(&reserve.to.header.handle).map(|handle| handle.opener);
+        for wanted in &reserve.pages {
+            let Some(device) = self.devices.get_mut(&wanted.boot) else { continue };
+            if let Some(record) = device.records.get_mut(&wanted.page) {
                 record.allocated = true;
             }
+            let is_new = !wanted.allocated || device.reserved.contains_key(&wanted.page);
+            if let (true, Some(Opener::Session { session })) = (is_new, opener) {
+                device.reserved.entry(wanted.page).or_default().insert(session);
+            }
+        }
+    }
+
+    /// The session will not write these pages now: one of the others had no room for them.
+    pub(super) fn give_back(
+        &mut self,
+        to: ReplyTo,
+        volume: VolumeId,
+        session: SessionId,
+        pages: &[(LayerId, (u32, u64))],
+    ) {
+        let mut given: BTreeMap<BootId, Vec<PageKey>> = BTreeMap::new();
+        for &(layer, (group, page)) in pages {
+            let place = Place { layer, group, page, offset: 0, length: BLOCK_BYTES };
+            match self.locate(volume, &place, Needs::Writer) {
+                Err(Located::Nonsense) => return self.violation(to.conn, Violation::Place),
+                Err(Located::Reply(reply)) => {
+                    return self.answer(to.conn, &to.header, BootId::NONE, reply, Bytes::new());
+                }
+                Ok((boot, page, _)) => given.entry(boot).or_default().push(page),
+            }
+        }
+        for (boot, pages) in given {
+            self.let_go(boot, &pages, |by| *by == session);
+        }
+        self.simple(to, ReplyBody::Done);
+    }
+
+    /// A session that is out of the stored map writes nothing any more.
+    pub(super) fn give_back_of_ended(&mut self, volume: VolumeId) {
+        let Some((known, map)) = self.volumes.get(&volume).and_then(|known| Some((known, known.map.as_ref()?))) else {
+            return;
+        };
+        let listed: BTreeSet<SessionId> = map.sessions.iter().map(|session| session.id).collect();
+        let of_volume = |page: &&PageKey| known.copies.contains_key(&page.copy);
+        let reserved = |boot: &BootId| {
+            let device = self.devices.get(boot)?;
+            let pages: Vec<PageKey> = device.reserved.keys().filter(of_volume).copied().collect();
+            Some((*boot, pages))
+        };
+        let all: Vec<_> = known.boots().iter().filter_map(reserved).collect();
+        for (boot, pages) in all {
+            self.let_go(boot, &pages, |by| !listed.contains(by));
+        }
+    }
+
+    /// These no longer want the pages. One on which something runs keeps its slot: a write there takes it.
+    fn let_go(&mut self, boot: BootId, pages: &[PageKey], gone: impl Fn(&SessionId) -> bool) {
+        let Some(device) = self.devices.get_mut(&boot) else { return };
+        let mut free = Vec::new();
+        for page in pages.iter().filter(|page| !device.pages.contains_key(page)) {
+            let Some(wanted_by) = device.reserved.get_mut(page) else { continue };
+            wanted_by.retain(|session| !gone(session));
+            if wanted_by.is_empty() {
+                device.reserved.remove(page);
+                // Whether it has a slot now, the device knows.
+                device.records.remove(page);
+                free.push(*page);
+            }
+        }
+        if !free.is_empty() {
+            self.medium(boot, Owner::Nobody, MediumOp::Release(free));
         }
     }
 }

@@ -20,6 +20,7 @@ mod openings;
 mod opens;
 mod rejoin;
 mod repairs;
+mod room;
 mod survey;
 
 use net::{Net, block};

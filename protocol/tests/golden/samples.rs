@@ -131,6 +131,7 @@ pub(crate) fn requests() -> Vec<RequestFrame> {
         RequestBody::Settle { layer: LAYER, group: 1, page: 0x97 },
         RequestBody::Suspects { layer: LAYER, group: 1 },
         RequestBody::Written { layer: LAYER, group: 1, from: 0x96 },
+        RequestBody::Release { pages: vec![(LAYER, (1, 7)), (LAYER, (2, 8))] },
     ];
     bodies.into_iter().enumerate().map(|(nth, body)| request(nth as u64, body)).collect()
 }

@@ -279,6 +279,7 @@ pub(super) fn name(body: &RequestBody) -> &'static str {
         RequestBody::Discard { .. } => "discard",
         RequestBody::Flush => "flush",
         RequestBody::Reserve { .. } => "reserve",
+        RequestBody::Release { .. } => "release",
         RequestBody::Ping => "ping",
         RequestBody::Written { .. } => "written",
         RequestBody::Confirm => "confirm",

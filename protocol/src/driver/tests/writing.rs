@@ -211,10 +211,38 @@ fn enospc_comes_only_from_a_reserve_before_anything_was_sent() {
     assert!(!bench.is_done(3));
     bench.serve(&ask[1]);
     assert_eq!(bench.result(3), Some(Err(OpError::NoSpace)));
-    assert!(bench.flying.is_empty(), "nothing was sent");
+    assert_eq!((bench.under_way(1), bench.under_way(2)), (vec!["release"], vec!["release"]), "nothing was sent else");
     bench.write(4, 0, 4096);
     bench.serve_all();
     assert_eq!(bench.result(4), Some(Ok(Bytes::new())), "ENOSPC does not end the session");
+}
+
+#[test]
+fn r8_room_that_another_write_asks_for_too_is_given_back_only_when_both_were_refused() {
+    let mut bench = Bench::new(Start::Fresh);
+    bench.credit = 0;
+    bench.input(Input::Map(pair(1)));
+    bench.connect_all();
+    bench.open_all();
+    bench.write(1, 0, 4096);
+    bench.write(2, 4096, PAGE); // The rest of the first page, and a block of the second.
+    let ask: Vec<_> = std::mem::take(&mut bench.flying);
+    assert_eq!(ask.len(), 4, "each of both");
+    let of = |write: usize| ask.iter().filter(move |f| pages_of(f).len() == write);
+    of(1).for_each(|frame| bench.reply(frame, ReplyBody::NoSpace));
+    assert!(bench.is_done(1) && bench.flying.is_empty(), "the other still wants the first page");
+    of(2).for_each(|frame| bench.reply(frame, ReplyBody::NoSpace));
+    assert!(bench.is_done(2));
+    let given: Vec<_> = bench.flying.iter().map(pages_of).collect();
+    assert_eq!(given, [[0, 1], [0, 1]], "to each receiver, by page");
+}
+
+/// The pages that a word about room names.
+fn pages_of(flying: &Flying) -> Vec<u64> {
+    match &flying.frame.body {
+        RequestBody::Reserve { pages } | RequestBody::Release { pages } => pages.iter().map(|(_, (_, p))| *p).collect(),
+        _ => Vec::new(),
+    }
 }
 
 #[test]

@@ -73,6 +73,7 @@ impl StorageServer {
         }
         self.clear_soon(volume);
         self.repair_anew(volume);
+        self.give_back_of_ended(volume);
         self.push_map(volume);
         self.due(self.now, Due::Pulls(volume));
     }

@@ -89,9 +89,17 @@ impl Medium {
             }
             MediumOp::Commit(records) => records.into_iter().for_each(|record| self.commit(record)),
             MediumOp::Allocate(pages) => pages.into_iter().for_each(|page| self.entry(page).0.allocated = true),
+            MediumOp::Release(pages) => pages.into_iter().for_each(|page| self.release(page)),
             MediumOp::Flush => {}
         }
         MediumAnswer::Done
+    }
+
+    fn release(&mut self, page: PageKey) {
+        let record = &mut self.entry(page).0;
+        if std::mem::replace(&mut record.allocated, !record.blocks.all(BlockState::Absent)) && !record.allocated {
+            self.free += u64::from(PAGE);
+        }
     }
 
     fn read(&mut self, page: PageKey, blocks: std::ops::Range<u32>) -> MediumAnswer {

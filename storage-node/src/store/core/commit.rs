@@ -222,10 +222,7 @@ impl Core {
     }
 
     fn drop_page(&mut self, page: PageKey) {
-        if let Some(slot) = self.reserved.remove(&page) {
-            let page_bytes = self.page_bytes(self.stack_of(page));
-            self.space.release(slot, crate::store::space::SizeClass::of(page_bytes));
-        }
+        self.give_slot_back(page);
         if let Some(number) = self.find(page) {
             self.free_slot(number);
             self.suspect.remove(&number);

@@ -70,6 +70,11 @@ impl Core {
             MediumOp::Write { page, first, data } => self.write(op, page, first, data),
             MediumOp::Shape { page, changes } => self.shape(op, page, changes),
             MediumOp::Allocate(pages) => self.allocate(op, pages),
+            MediumOp::Release(pages) => {
+                pages.iter().for_each(|page| self.give_slot_back(*page));
+                self.answer(op, MediumAnswer::Done);
+                None
+            }
             MediumOp::NextPage { copy, layer, from } => {
                 let stack = self.catalog.stack_of(copy, layer);
                 let next = stack.and_then(|stack| self.table.next_page(stack, from));
@@ -502,10 +507,7 @@ impl Core {
                 taken.push(*page);
                 continue;
             };
-            for page in taken {
-                let slot = self.reserved.remove(&page).expect("taken a moment ago");
-                self.space.release(slot, SizeClass::of(self.page_bytes(self.stack_of(page))));
-            }
+            taken.into_iter().for_each(|page| self.give_slot_back(page));
             return match refused {
                 NotNow::Wait => Some(MediumOp::Allocate(pages)),
                 NotNow::NoSpace => {
@@ -516,6 +518,13 @@ impl Core {
         }
         self.answer(op, MediumAnswer::Done);
         None
+    }
+
+    /// A slot that is the page's in memory alone is free again.
+    pub(super) fn give_slot_back(&mut self, page: PageKey) {
+        if let Some(slot) = self.reserved.remove(&page) {
+            self.space.release(slot, SizeClass::of(self.page_bytes(self.stack_of(page))));
+        }
     }
 
     pub(super) fn change_catalog(&mut self, change: CatalogChange) -> Vec<u32> {

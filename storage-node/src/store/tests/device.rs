@@ -234,6 +234,32 @@ fn a_full_page_table_takes_marks_of_pages_that_it_has_and_no_others() {
 }
 
 #[test]
+fn slots_that_are_given_back_are_free_again_and_written_pages_keep_theirs() {
+    let (_dir, path) = new_file();
+    let mut opening = Opening::of(&path, true, 1).with_copy();
+    let pages = opening.opened.capacity_bytes / u64::from(PAGE_BYTES);
+    let slab = u64::from(PAGE_BYTES) * 4;
+    (0..pages - 4).for_each(|number| opening.write(number, 0, 1, 1));
+    assert_eq!(opening.device.stats().free_bytes, slab);
+    let last: Vec<_> = (pages - 4..pages).map(page).collect();
+    assert_eq!(opening.act(MediumOp::Allocate(last.clone())), MediumAnswer::Done);
+    assert_eq!(opening.device.stats().free_bytes, 0);
+    opening.write(pages - 4, 0, 7, 1);
+    let all = (0..pages + 1).map(page).collect();
+    assert_eq!(opening.act(MediumOp::Release(all)), MediumAnswer::Done);
+    assert_eq!(opening.device.stats().free_bytes, 0, "a page of that slab was written");
+    assert_eq!((opening.load(0).unwrap().allocated, opening.load(pages - 1)), (true, None));
+    assert_eq!(opening.read(pages - 4, 0..1), (vec![7; 4096], vec![]));
+    // The three that are free are taken again, and no more.
+    assert_eq!(opening.act(MediumOp::Allocate(last)), MediumAnswer::Done);
+    assert_eq!(opening.act(MediumOp::Allocate(vec![page(pages)])), MediumAnswer::NoSpace);
+    opening.act(MediumOp::Release((pages - 4..pages).map(page).collect()));
+    assert_eq!(opening.act(MediumOp::Commit(vec![Record::DropPage(page(pages - 4))])), MediumAnswer::Done);
+    opening.flush();
+    assert_eq!(opening.device.stats().free_bytes, slab, "and the whole of it when nothing is written there");
+}
+
+#[test]
 fn a_rotted_block_is_answered_as_bad_and_the_others_are_served() {
     let (_dir, path) = new_file();
     let mut opening = Opening::of(&path, true, 1).with_copy();
