@@ -122,12 +122,36 @@ fn some(text: String, most: usize) -> Option<String> {
     (!text.is_empty()).then(|| cut(text, most))
 }
 
-/// What people see of a volume. `rates`: bytes per second of copies being filled.
+/// How fast a copy is filled or settled, between two words about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rate {
+    bytes_per_second: u64,
+    pages: u64,
+    ms: u64,
+}
+
+impl Rate {
+    /// From what was said `ms` milliseconds before to what is said now, of the same copy under the same opening.
+    #[must_use]
+    pub fn between(before: &Progress, now: &Progress, ms: u64) -> Self {
+        let (filled, ms) = (now.filled_bytes.saturating_sub(before.filled_bytes), ms.max(1));
+        let done = |before: u64, now: u64| if before == SETTLE_ANEW { 0 } else { before.saturating_sub(now) };
+        let pages = done(before.unsynced, now.unsynced) + done(before.to_settle, now.to_settle);
+        Self { bytes_per_second: filled.saturating_mul(1000) / ms, pages, ms }
+    }
+
+    /// Seconds that so many pages more take: by pages, of which many may hold little. `None` = none was done meanwhile.
+    fn seconds_for(&self, pages: u64) -> Option<u64> {
+        (self.pages > 0).then(|| pages.saturating_mul(self.ms).div_ceil(self.pages.saturating_mul(1000)))
+    }
+}
+
+/// What people see of a volume. `rates`: of copies with work under way.
 pub fn of_volume(
     object: &VolumeObject,
     conditions: &[Condition],
     progress: &[Progress],
-    rates: &BTreeMap<CopyId, u64>,
+    rates: &BTreeMap<CopyId, Rate>,
     names: &dyn Names,
 ) -> VolumeDescription {
     let map = object.status.map.as_ref();
@@ -222,13 +246,11 @@ fn work_left(p: &Progress, syncing: bool) -> (CopyWork, u64, u64) {
     (CopyWork::Settling, left, total.max(left))
 }
 
-fn copy_progress(map: &VolumeMap, p: &Progress, rate: Option<u64>, names: &dyn Names) -> Option<CopyProgress> {
+fn copy_progress(map: &VolumeMap, p: &Progress, rate: Option<Rate>, names: &dyn Names) -> Option<CopyProgress> {
     let (_, _, member) = map.place_of(p.copy)?;
     let shown = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
     let (work, left, total) = work_left(p, member.state == MemberState::Syncing);
     let percent = if left == 0 || total == 0 { 100 } else { (100 * (total - left) / total).min(99) };
-    let page_bytes = u64::from(map.top().page_bytes);
-    let eta = rate.filter(|rate| *rate > 0).map(|rate| left.saturating_mul(page_bytes) / rate);
     Some(CopyProgress {
         copy: Id::of(p.copy.0),
         server: names.server(member.server),
@@ -236,8 +258,8 @@ fn copy_progress(map: &VolumeMap, p: &Progress, rate: Option<u64>, names: &dyn N
         pages_left: shown(left),
         pages_total: shown(total),
         percent: percent as i32,
-        bytes_per_second: rate.map(shown),
-        eta_seconds: eta.map(shown),
+        bytes_per_second: rate.map(|rate| shown(rate.bytes_per_second)),
+        eta_seconds: rate.and_then(|rate| rate.seconds_for(left)).map(shown),
     })
 }
 
@@ -346,6 +368,28 @@ fn duration(seconds: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_time_left_follows_from_pages_and_is_not_known_while_none_was_done() {
+        let of = |unsynced, filled_bytes| Progress {
+            volume: VolumeId(1),
+            copy: CopyId(1),
+            boot: lamina_protocol::ids::BootId(1),
+            stored: lamina_protocol::ids::Generation(1),
+            unsynced,
+            pages: 200,
+            filled_bytes,
+            to_settle: 0,
+        };
+        // 100 of 1 MiB in 10 s, each with one block of 4 KiB.
+        let rate = Rate::between(&of(200, 0), &of(100, 100 << 12), 10_000);
+        assert_eq!((rate.bytes_per_second, rate.seconds_for(100)), (40_960, Some(10)));
+        assert_eq!(rate.seconds_for(1), Some(1), "never nothing while something is left");
+        assert_eq!(Rate::between(&of(100, 4096), &of(100, 4096), 10_000).seconds_for(100), None);
+        let settled = |to_settle| Progress { to_settle, ..of(0, 0) };
+        assert_eq!(Rate::between(&settled(SETTLE_ANEW), &settled(8), 1_000).seconds_for(8), None, "just begun");
+        assert_eq!(Rate::between(&settled(8), &settled(4), 1_000).seconds_for(4), Some(1));
+    }
 
     #[test]
     fn sizes_and_durations_are_short() {

@@ -36,6 +36,7 @@ pub mod object;
 mod pace;
 pub mod placement;
 pub mod plan;
+mod progress;
 mod reach;
 mod reconfigure;
 mod serve;

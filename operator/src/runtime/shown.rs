@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 use super::{Done, Runtime, clock};
 use crate::metrics::{MemberLabels, Named};
 use crate::store::{Notice, Store};
-use crate::summary::{self, Names, PolicyDescription, ServerDescription, VolumeDescription};
+use crate::summary::{self, Names, PolicyDescription, Rate, ServerDescription, VolumeDescription};
 
 /// Objects described at once; more wait.
 const MOST_AT_ONCE: usize = 16;
@@ -39,9 +39,9 @@ pub(super) enum Key {
 struct OfVolume {
     conditions: Vec<Condition>,
     progress: Vec<CopyProgress>,
-    /// Bytes filled and when, of the report before the last.
-    filled: BTreeMap<CopyId, (u64, Millis)>,
-    rates: BTreeMap<CopyId, u64>,
+    /// When the report before the last came.
+    reported: Millis,
+    rates: BTreeMap<CopyId, Rate>,
     last: Option<VolumeDescription>,
 }
 
@@ -104,16 +104,11 @@ impl Shown {
     pub(super) fn progress(&mut self, volume: VolumeId, copies: Vec<CopyProgress>) {
         let now = clock::now();
         let shown = self.volumes.entry(volume).or_default();
-        shown.rates.clear();
-        let mut filled = BTreeMap::new();
-        for copy in &copies {
-            if let Some((bytes, then)) = shown.filled.get(&copy.copy) {
-                let rate = copy.filled_bytes.saturating_sub(*bytes) * 1000 / now.since(*then).max(1);
-                shown.rates.insert(copy.copy, rate);
-            }
-            filled.insert(copy.copy, (copy.filled_bytes, now));
-        }
-        (shown.filled, shown.progress) = (filled, copies);
+        let before = |copy: &CopyProgress| shown.progress.iter().find(|b| (b.copy, b.boot) == (copy.copy, copy.boot));
+        let rate =
+            |copy: &CopyProgress| Some((copy.copy, Rate::between(before(copy)?, copy, now.since(shown.reported))));
+        shown.rates = copies.iter().filter_map(rate).collect();
+        (shown.reported, shown.progress) = (now, copies);
         self.volume_moved(volume);
         self.due.extend(self.servers.keys().map(|name| Key::Server(name.clone())));
     }

@@ -204,7 +204,7 @@ pub enum Output {
     Progress {
         /// Whose.
         volume: VolumeId,
-        /// Copies with work under way; empty = none any more.
+        /// Copies with work under way; empty = none any more. Their `pages` are those that there were to do when it began.
         copies: Vec<CopyProgress>,
     },
     /// What the leader thinks of a server changed.

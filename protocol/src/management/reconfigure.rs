@@ -497,6 +497,9 @@ impl Volume {
             self.tries = 0;
         }
         self.forget_late_lists();
+        if let Some(change) = change.filter(|_| kind == WriteKind::Commit) {
+            self.fills_begun(&change.answers);
+        }
         self.tell_differences(world, before);
         self.committed(world.now);
         self.unpromised_restart(world.now, before);

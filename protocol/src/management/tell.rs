@@ -1,4 +1,4 @@
-//! What people see of a volume: conditions and progress, told when they change, and events at commits.
+//! What people see of a volume: conditions, told when they change, and events at commits.
 
 use super::Output;
 use super::condition::{Condition, ConditionKind, EventReason, Reason};
@@ -7,14 +7,10 @@ use super::object::Status;
 use super::placement::Refusal;
 use super::plan::Hold;
 use super::volume::{Volume, World};
-use crate::control::CopyProgress;
 use crate::ids::{CopyId, ServerId};
 use crate::map::{Group, Member, MemberState, VolumeMap};
 use std::collections::BTreeSet;
 use std::fmt::{Display, Write as _};
-
-/// Progress is told at the latest after this, milliseconds.
-const PROGRESS_MS: u64 = 10_000;
 
 impl Volume {
     /// Tells conditions and progress, if they changed.
@@ -223,23 +219,6 @@ impl Volume {
         let holders = join(retired.iter().map(|r| format!("{}{}", name_of(r.server, world), away(r.server))));
         let text = format!("waiting for the holders of {} copies to confirm: {holders}", retired.len());
         Condition { kind, holds: true, reason: Reason::DeletingCopies, text }
-    }
-
-    fn show_progress(&mut self, world: &mut World<'_>) {
-        let Some(map) = self.map() else { return };
-        let of = |m: &crate::map::Member| world.servers.of(m.server).and_then(|s| s.progress(m.copy)).copied();
-        let working = |p: &CopyProgress| !p.boot.is_none() && (p.unsynced > 0 || p.to_settle > 0);
-        let copies: Vec<_> = map.members().filter_map(of).filter(working).collect();
-        let (at, told) = &self.told_progress;
-        let step = |a: &CopyProgress, b: &CopyProgress| {
-            let twentieth = (a.pages / 20).max(1);
-            a.copy != b.copy || a.unsynced.abs_diff(b.unsynced) >= twentieth
-        };
-        let far = copies.len() != told.len() || copies.iter().zip(told).any(|(a, b)| step(a, b));
-        if far || (copies != *told && world.now.since(*at) >= PROGRESS_MS) {
-            self.told_progress = (world.now, copies.clone());
-            world.out.push(Output::Progress { volume: self.id(), copies });
-        }
     }
 
     /// Events for what a commit changed.

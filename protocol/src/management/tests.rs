@@ -8,6 +8,7 @@ mod leaders;
 mod loss;
 mod paces;
 mod plans;
+mod progress;
 mod restored;
 mod shape;
 mod stale;

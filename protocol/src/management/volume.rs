@@ -175,7 +175,7 @@ pub(super) struct Volume {
     pub(super) conditions: Vec<Condition>,
     pub(super) refusal: Option<super::placement::Refusal>,
     pub(super) hold: Option<super::plan::Hold>,
-    pub(super) told_progress: (Millis, Vec<crate::control::CopyProgress>),
+    pub(super) progress: super::progress::Progress,
     /// What servers were told of the pace of fills.
     pub(super) paces: BTreeMap<ServerId, Pace>,
 }
@@ -217,7 +217,7 @@ impl Volume {
             conditions: Vec::new(),
             refusal: None,
             hold: None,
-            told_progress: (Millis(0), Vec::new()),
+            progress: super::progress::Progress::default(),
             paces: BTreeMap::new(),
         };
         volume.found(now);

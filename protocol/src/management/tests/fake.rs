@@ -277,6 +277,8 @@ pub(super) struct Fake {
     pub(super) orphans: BTreeMap<ServerId, Vec<Orphan>>,
     pub(super) history: Vec<VolumeMap>,
     pub(super) views: Vec<ServerView>,
+    /// As told last.
+    pub(super) progress: Vec<CopyProgress>,
     /// The leader dies when it passes this step for the so-manieth time.
     pub(super) die_at: Option<Step>,
     pub(super) deaths: u32,
@@ -311,6 +313,7 @@ impl Fake {
             orphans: BTreeMap::new(),
             history: Vec::new(),
             views: Vec::new(),
+            progress: Vec::new(),
             die_at: None,
             deaths: 0,
             reads: 0,
@@ -435,7 +438,7 @@ impl Fake {
             Output::Passed { step, .. } => *self.steps.entry(step).or_default() += 1,
             Output::WakeAt(at) => self.wake = at,
             Output::Server(view) => self.views.push(view),
-            Output::Progress { .. } => {}
+            Output::Progress { copies, .. } => self.progress = copies,
         }
     }
 

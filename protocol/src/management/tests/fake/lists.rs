@@ -3,6 +3,11 @@
 use super::*;
 
 impl FakeServer {
+    /// Its copies have so many pages left to fill.
+    pub(in crate::management::tests) fn fill_but(&mut self, pages: u64) {
+        self.copies.values_mut().for_each(|copy| copy.unsynced = pages);
+    }
+
     pub(super) fn fence(&mut self, fence: Fence) -> ControlReply {
         self.fences.push(fence.clone());
         if self.copies.is_empty() {
