@@ -362,6 +362,10 @@ fn helm_uninstall_keeps_every_object_that_stands_for_data_and_says_how_to_remove
     for kind in ["volumes", "storageservers", "replicationpolicies", "crd"] {
         assert!(notes.lines().any(|line| line.contains("kubectl delete") && line.contains(kind)), "{kind}");
     }
+    // Without the programs nobody would take the volumes' finalizers away.
+    let place = |text: &str| notes.find(text).unwrap_or_else(|| panic!("{text}"));
+    assert!(place("kubectl delete volumes") < place("  helm uninstall"), "{notes}");
+    assert!(place("  helm uninstall") < place("kubectl delete crd"), "{notes}");
 }
 
 #[test]
