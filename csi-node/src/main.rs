@@ -71,7 +71,7 @@ struct Serve {
     /// Socket of the device holder; without one a restart of this program costs its volumes I/O errors.
     #[arg(long)]
     holder: Option<PathBuf>,
-    /// How volumes become devices: auto, fuse, nbd or ublk.
+    /// How volumes become devices: auto or fuse (nbd and ublk come later and answer so).
     #[arg(long, default_value = "auto")]
     device: DeviceKind,
     /// Address of /metrics, /healthz and /readyz.

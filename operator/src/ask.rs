@@ -153,7 +153,7 @@ pub(crate) enum Volume {
 #[derive(Subcommand)]
 pub(crate) enum Server {
     /// Make a storage server known. It tells its id and where it takes block requests itself.
-    #[command(after_help = "Example: lamina-operator server add a --control 127.0.0.1:5710 --zone rack-1")]
+    #[command(after_help = "Example: lamina-operator server add a --control 127.0.0.1:4701 --zone rack-1")]
     Add {
         /// Lower-case letters, digits, '-' and '.'.
         name: String,

@@ -19,7 +19,7 @@ struct Arguments {
 
 const EXAMPLES: &str = "Without Kubernetes:
   lamina-operator serve --directory /var/lib/lamina/operator &
-  lamina-operator server add a --control 127.0.0.1:5710
+  lamina-operator server add a --control 127.0.0.1:4701
   lamina-operator policy create two --copies 2
   lamina-operator volume create db --size 10Gi --policy two
   lamina-operator volume attach db --node $(hostname)

@@ -77,12 +77,12 @@ pub struct Serve {
     /// Seconds that a stop waits for the leader to leave this server's copies out.
     #[arg(long, default_value_t = 25, value_name = "SECONDS")]
     pub leave_seconds: u64,
-    /// How logs look.
+    /// How logs look. What is logged is chosen by the variable RUST_LOG, such as info (the default) or debug.
     #[arg(long, env = "LAMINA_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
 }
 
-/// How logs look. What is logged is chosen by RUST_LOG; `info` unless set.
+/// How logs look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum LogFormat {
     /// Lines for people.

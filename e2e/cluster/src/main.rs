@@ -16,13 +16,15 @@ const EXAMPLES: &str = "Examples:
   lamina-cluster kubectl -- get nodes -o wide
   export KUBECONFIG=$(lamina-cluster kubeconfig)
   lamina-cluster build-image --preset postgres -o postgres.tar
-  lamina-cluster build-image --name lamina.dev/csi-node:dev --preset storage-tools \
-      --bin target/release/csi-node:/usr/bin/csi-node --entrypoint /usr/bin/csi-node -o csi-node.tar
+  lamina-cluster build-image --name lamina.dev/lamina:dev --preset storage-tools --deb libgcc-s1 \
+      --bin target/release/lamina-operator:/usr/bin/lamina-operator \
+      --bin target/release/lamina-storage-node:/usr/bin/lamina-storage-node \
+      --bin target/release/lamina-csi-node:/usr/bin/lamina-csi-node -o lamina.tar
   lamina-cluster image postgres.tar          into all nodes
   lamina-cluster cut n1 n2                   n1 and n2 see only each other; `heal` undoes it
   lamina-cluster kill-node n2                as a power cut; `restart-node n2` switches it on
   lamina-cluster signal n1 kubelet STOP      freezes a kubelet; CONT lets it go on
-  lamina-cluster signal-pod -n lamina storage-0 KILL
+  lamina-cluster signal-pod -n lamina lamina-storage-node-x7k2p KILL
   lamina-cluster down                        removes everything
 
 Needs root. It writes to its state directory and its cache; it makes network namespaces, cgroups and one veth

@@ -60,6 +60,11 @@ const KNOWN: &[(Mutant, &str)] = &[
 
 /// Breaks Lamina's protocol on purpose, one rule at a time, and shows that the simulator's oracles see it.
 #[derive(Parser)]
+#[command(after_help = "Examples:
+  mutants                           every mistake, each within 500 seeds (about 20 minutes; --threads 2: 10)
+  mutants --short                   those that die within few seeds
+  mutants --only Lease --tell       mistakes with this in their names; how the first one was found, in words
+Ends with status 1 if one was not found, but for those that it names with the reason why they do no harm.")]
 struct Arguments {
     /// The first seed.
     #[arg(long, default_value_t = 1)]
