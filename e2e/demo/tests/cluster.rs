@@ -31,6 +31,8 @@ mod stage;
 mod steady;
 #[path = "cluster/story.rs"]
 mod story;
+#[path = "cluster/uninstall.rs"]
+mod uninstall;
 #[path = "cluster/volumes.rs"]
 mod volumes;
 
@@ -56,6 +58,7 @@ const CASES: &[Case] = &[
     Case("data_moves_with_the_pod_to_another_node", Needs::Programs, volumes::moves),
     Case("a_volume_written_by_hand_becomes_a_persistent_volume", Needs::Programs, volumes::by_hand),
     Case("a_volume_in_use_is_not_deleted_and_then_frees_its_copies", Needs::Programs, volumes::deletion),
+    Case("helm_uninstall_keeps_data_and_the_next_installation_serves_it", Needs::Programs, uninstall::keeps_data),
     Case("ext4_grows_at_the_next_stage", Needs::Programs, volumes::ext4_grows_at_the_next_stage),
     Case(
         "steady_io_sends_nothing_to_the_operator_or_the_api_server",
