@@ -129,7 +129,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let identity = Identity { cluster: ClusterId(1), server: ServerId(2) };
         let path = dir.path().join("a.img");
-        let spec = DeviceSpec { path: path.clone(), atomic4k: None, format: false, size: Some(store::MIN_DEVICE_BYTES) };
+        let spec =
+            DeviceSpec { path: path.clone(), atomic4k: None, format: false, size: Some(store::MIN_DEVICE_BYTES) };
         let options = OpenOptions { identity, boot: BootId(3), atomic4k: None };
         drop(open(&spec, &options).unwrap());
         let holder = std::fs::File::open(&path).unwrap();
