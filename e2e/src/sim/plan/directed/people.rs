@@ -120,8 +120,19 @@ impl Scene {
         for n in 0..2 {
             let at_us = BEGIN + n * 12 * SECOND;
             let server = dice.index(self.setup.servers);
+            // Also under the change that another server's return makes.
+            let under = dice.chance(1, 2).then(|| {
+                use LeaderStep::{Committed, Fenced, FirstPromise, Intended};
+                Moment::Leader([Intended, FirstPromise, Fenced, Committed][dice.index(4)])
+            });
             for disk in 0..self.setup.disks {
-                self.fault(at_us, Fault::BlankDisk { server, disk, down_ms: dice.within(50, 900) });
+                let blank = Fault::BlankDisk { server, disk, down_ms: dice.within(50, 900) };
+                self.fault(at_us, under.map_or(blank.clone(), |moment| super::timed(moment, dice.below(2_000), blank)));
+            }
+            if under.is_some() {
+                let servers = vec![(server + 1) % self.setup.servers];
+                let down_ms = dice.within(50, 2_500);
+                self.fault(at_us + 1, Fault::StopServers { servers, power: dice.chance(1, 2), down_ms });
             }
             let back = at_us + SECOND + dice.within(0, 10 * SECOND);
             self.fault(back, Fault::OldDisk { server, down_ms: dice.within(50, 900) });
