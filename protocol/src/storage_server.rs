@@ -87,6 +87,8 @@ pub struct StorageServer {
     pulls: BTreeMap<CopyId, Pull>,
     /// Servers that a leader asks about.
     tries: BTreeMap<PeerId, reach::Try>,
+    /// Copies whose deletion was ordered lately: none of them is made again (R14).
+    deleted: VecDeque<CopyId>,
     minted: u64,
     lease_number: u64,
     leaving: bool,
@@ -171,6 +173,7 @@ impl StorageServer {
             ops: BTreeMap::new(),
             pulls: BTreeMap::new(),
             tries: BTreeMap::new(),
+            deleted: VecDeque::new(),
             minted: 0,
             lease_number: 0,
             leaving: false,

@@ -25,6 +25,8 @@ mod store_map;
 
 /// Orders that wait for one volume; more than the steps of two leaders at once is nonsense and refused.
 const MAX_WAITING_CHANGES: usize = 16;
+/// Copies ordered deleted that are remembered: orders to make one come a connection late, not so many deletions late.
+const MOST_BURIED: usize = 1_024;
 
 /// An order being carried out.
 #[derive(Debug)]
@@ -146,6 +148,9 @@ impl StorageServer {
 
     fn order_put(&mut self, call: CallId, generation: Generation, device: DeviceId, record: CopyRecord) {
         let volume = record.volume;
+        if self.deleted.contains(&record.copy) {
+            return self.refuse(call, volume);
+        }
         if let Some(known) = self.volumes.get(&volume) {
             if generation < known.promised || generation <= known.stored() {
                 return self.refuse(call, volume);
@@ -197,6 +202,7 @@ impl StorageServer {
             // R14: a deletion that its device may still lose has not happened.
             let goes = known.is_some_and(|v| v.changes.iter().any(under_way));
             let reply = if goes { ControlReply::DeviceClosed } else { ControlReply::NoCopy { copy } };
+            self.bury(copy);
             return self.control_reply(call, reply);
         };
         let listed = known.map.as_ref().is_some_and(|map| map.place_of(copy).is_some());
@@ -213,7 +219,17 @@ impl StorageServer {
             self.promise(volume, generation);
         }
         self.drop_pull(copy);
+        self.bury(copy);
         self.enqueue(volume, call, Order::Delete { copy }, stage);
+    }
+
+    /// R14: the order to make this copy may still be on its way, over a connection that its leader has given up. It comes
+    /// to this process or never.
+    fn bury(&mut self, copy: CopyId) {
+        if !self.deleted.contains(&copy) {
+            self.deleted.truncate(MOST_BURIED - 1);
+            self.deleted.push_front(copy);
+        }
     }
 
     /// From here on nothing older is admitted; what is under way from peers is dropped (H6).

@@ -86,6 +86,31 @@ fn a_deletion_that_waits_when_its_device_fails_is_not_confirmed() {
     assert_eq!(net.control(0, delete), ControlReply::DeviceClosed, "the copy is still known to be there");
 }
 
+/// Found by the simulator: the order to make it came a second time, over a connection that its leader had given up.
+#[test]
+fn r14_a_copy_whose_deletion_was_ordered_is_not_made_by_a_late_order() {
+    let mut net = Net::started(1);
+    for (copy, was_there) in [(CopyId(500), true), (CopyId(501), false)] {
+        let put = ControlRequest::PutCopy {
+            volume: VOLUME,
+            generation: Generation(9),
+            copy,
+            device: DeviceId::NONE,
+            placement: 0,
+            group: 0,
+            layers: vec![(LAYER, 64 << 10)],
+            unsynced: true,
+        };
+        if was_there {
+            assert_eq!(net.control(0, put.clone()), ControlReply::Done);
+        }
+        let delete = ControlRequest::DeleteCopy { volume: VOLUME, copy, generation: Generation(2) };
+        let deleted = if was_there { ControlReply::Done } else { ControlReply::NoCopy { copy } };
+        assert_eq!(net.control(0, delete), deleted);
+        assert!(matches!(net.control(0, put), ControlReply::Refused { .. }));
+    }
+}
+
 #[test]
 fn a_second_order_to_delete_does_not_confirm_a_deletion_that_the_device_lost() {
     let mut net = Net::started(1);
