@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 /// Seeds that found something once, with what it was; they are played for ever. A change of how plans are made from
 /// seeds empties this list: what was found then has named tests beside the state machines.
-const ONCE_FAILED: &[(u64, &str)] = &[];
+const ONCE_FAILED: &[(u64, &str)] =
+    &[(301_345, "a late order made a copy again whose deletion was ordered before (R14)")];
 
 /// Fixed seeds of the run.
 const FIXED: std::ops::Range<u64> = 1..251;
