@@ -168,8 +168,7 @@ impl Scene {
     /// Client 1, there already or new, writes; client 0 reads.
     fn lease(&mut self, dice: &mut Dice) {
         self.setup.multi_session = true;
-        // Server 0 is the one that is read.
-        let apart = usize::from(dice.chance(1, 8));
+        let apart = dice.index(2);
         let (member, other) = (Host::Server(apart), Host::Server(1 - apart));
         let rest = vec![other, Host::Operator(0), Host::Api, Host::Driver(1)];
         self.attach(SECOND, 0);
