@@ -213,7 +213,11 @@ impl World {
             }
             Output::Conditions { conditions, .. } => {
                 self.trace(|| format!("operator {n}: {}", brief(&conditions)));
-                self.conditions_told(&conditions);
+                // A leader that does not know yet that it is deposed: what the other one says comes after it, and a person
+                // goes by that.
+                if self.store.holder.is_none_or(|holder| holder == process) {
+                    self.conditions_told(&conditions);
+                }
             }
             Output::Progress { .. } | Output::Server(_) | Output::Orphans { .. } => {}
         }
