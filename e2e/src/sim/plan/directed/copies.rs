@@ -214,7 +214,7 @@ impl Scene {
             self.fault(at_us, Fault::SlowDisk { server: 1, extra_us, ms: 2_500 });
             self.fault(at_us + 20_000, Fault::KillDriver { client: 0, down_ms: cut_ms });
             let off = Fault::PowerOffClient { client: 0, down_ms: dice.within(1, 300) };
-            let stop = Fault::StopServers { servers: vec![0], power: true, down_ms: 5_000 };
+            let stop = Fault::StopServers { servers: vec![0, 1], power: true, down_ms: dice.within(50, 500) };
             self.fault(at_us, timed(Moment::TookOver, dice.within(2_000, 20_000), both(off, stop)));
         }
         self.setup.heal_at_us = BEGIN + 30 * SECOND;
