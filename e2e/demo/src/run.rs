@@ -161,7 +161,7 @@ pub fn run(places: &Places, ground: &Ground, teller: &Teller) -> Result<(), Miss
     let spare = pod.spec.node_name.clone();
     let (first, killed) = scene.killed_and_back(&spare)?;
     let second = scene.killed_and_kept_away(&[spare, killed])?;
-    let (third, _door) = scene.moved(&pod)?;
+    let (third, _door) = scene.moved(&pod, door)?;
     let told = clients.stop()?;
     let ended_ms = now_ms();
     teller.title("the verdict");
@@ -325,7 +325,7 @@ impl Scene<'_> {
     }
 
     /// The pod to another node, with the clients after it, through a door of its own.
-    fn moved(&self, pod: &Pod) -> Result<(Chapter, Door), Miss> {
+    fn moved(&self, pod: &Pod, old: Door) -> Result<(Chapter, Door), Miss> {
         let from = pod.spec.node_name.as_str();
         self.teller.title(format_args!("the pod moves from {from} to another node"));
         let before = self.now()?;
@@ -336,6 +336,8 @@ impl Scene<'_> {
             kube::await_ready(self.cluster, "postgres-0", &pod.metadata.uid, Duration::from_secs(180))
         })?;
         drop(closed);
+        // kubectl may keep a connection open though its pod is gone: a client that waits there would wait for ever.
+        drop(old);
         if fresh.spec.node_name == from {
             return Err(Miss::NotMoved(from.to_owned()));
         }
