@@ -213,8 +213,8 @@ impl World {
             }
             Output::Conditions { conditions, .. } => {
                 self.trace(|| format!("operator {n}: {}", brief(&conditions)));
-                // A leader that does not know yet that it is deposed: what the other one says comes after it, and a person
-                // goes by that.
+                // A person goes by the leader with the lease. Taken for granted, not shown: the product's deposed leader may
+                // write its older conditions over those of the new one (seed 448176479291).
                 if self.store.holder.is_none_or(|holder| holder == process) {
                     self.conditions_told(&conditions);
                 }
